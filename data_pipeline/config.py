@@ -1,0 +1,100 @@
+"""Settings of building and streaming. Plain frozen dataclasses, standard library only: vitscale may import them.
+
+Each field says in its metadata what a resume does with it (design.md 4): the default kind is *result* (it changes what
+is learned, so it must be equal), *machine* follows the command.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def machine(default: Any) -> Any:
+    """A field that says how the machine works, not what comes out of it."""
+    return field(default=default, metadata={"kind": "machine"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, in which order. Paths may change between starts; fingerprints may not."""
+
+    path: str = machine("")
+    """Directory of the training dataset (holds manifest.json)."""
+    eval_path: str = machine("")
+    """Directory of the evaluation dataset; empty: no evaluation."""
+    fingerprint: str = ""
+    """sha256 of the training manifest; filled in when the run starts."""
+    eval_fingerprint: str = ""
+    """sha256 of the evaluation manifest; filled in when the run starts."""
+    lanes: int = 128
+    """Most lanes of the order (order.py); fewer when the dataset has fewer than 4 shards per lane."""
+    window: int | Literal["full"] = 4096
+    """Rows of a lane shuffled together, or "full": one permutation of the whole epoch (up to 50 M images)."""
+    workers: int = machine(1)
+    """Processes per rank that read and decode; 0: in the rank itself. Never changes the order."""
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1:
+            raise ValueError(f"data.lanes must be at least 1, got {self.lanes}")
+        if self.window != "full" and self.window < 1:
+            raise ValueError(f'data.window must be at least 1 or "full", got {self.window}')
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What happens to a training image between decoding and the batch; keyed to (seed, position)."""
+
+    crop_area_min: float = 0.05
+    """Smallest share of the image area a random resized crop keeps (Inception crop; Szegedy et al. 2015: 0.08, ViT: 0.05)."""
+    crop_area_max: float = 1.0
+    crop_ratio_max: float = 4 / 3
+    """Widest aspect ratio of the crop; the narrowest is its inverse. 1.0: square."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    eval_crop: float = 0.875
+    """Evaluation: the short side is resized to image_size / eval_crop, then the centre is cut out."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_area_min <= self.crop_area_max <= 1:
+            raise ValueError(
+                "augment.crop_area_min and crop_area_max must satisfy 0 < min <= max <= 1, "
+                f"got {self.crop_area_min} and {self.crop_area_max}"
+            )
+        if self.crop_ratio_max < 1:
+            raise ValueError(f"augment.crop_ratio_max must be at least 1, got {self.crop_ratio_max}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augment.flip must be within 0 and 1, got {self.flip}")
+        if not 0 < self.eval_crop <= 1:
+            raise ValueError(f"augment.eval_crop must be above 0 and at most 1, got {self.eval_crop}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """How raw images become shards. Everything here but the workers goes into the plan hash: a build continues only
+    with equal options."""
+
+    source: str
+    """SOURCE as on the command line: imagefolder:PATH, parquet:PATH, digits:, digits:train, digits:eval."""
+    shard_bytes: int | None = 256_000_000
+    """Close a shard when its image bytes would pass this; None: cut by shard_images."""
+    shard_images: int | None = None
+    """Images per shard; None: cut by shard_bytes."""
+    seed: int = 0
+    """Seed of the global permutation of the images over (shard, slot)."""
+    classes: tuple[str, ...] | None = None
+    """Keep only these classes, in this order: the first becomes label 0. None: all."""
+    per_class: int | None = None
+    """Keep at most this many images of each class, the lowest input numbers first. None: all."""
+    on_bad: Literal["skip", "stop"] = "skip"
+    """A bad image goes to rejects.parquet (skip), or ends the build with exit 78 (stop)."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels than this are rejected before they are decoded."""
+
+    def __post_init__(self) -> None:
+        if (self.shard_bytes is None) == (self.shard_images is None):
+            raise ValueError("give exactly one of --shard-size and --shard-images")
+        for name in ("shard_bytes", "shard_images", "per_class", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,159 @@
+"""The records that make a directory of tars a dataset.
+
+DIR/
+  train-000000.tar       plain USTAR shard
+  train-000000.parquet   its index: one row per sample
+  ...
+  rejects.parquet        every input that was not written, with its reason
+  manifest.json          written last: a directory without it is no dataset; its sha256 is the fingerprint
+
+The index of a shard is loaded on demand: memory does not grow with the dataset.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitscale.base.errors import EnvironmentFault
+from vitscale.base.files import canonical_json, read_json, sha256_bytes, write_bytes
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+REJECTS = "rejects.parquet"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_offset", pa.int64()),  # of the image bytes in the tar
+        ("image_size", pa.int64()),  # bytes
+        ("label", pa.int32()),  # -1: no label
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),  # jpg, png, webp: the member's extension
+        ("image_xxh3", pa.uint64()),  # of the stored image bytes
+        ("source", pa.string()),  # where the input came from, as the source names it
+        ("source_xxh3", pa.uint64()),  # of the bytes that were read there
+    ]
+)
+
+REJECTS_SCHEMA = pa.schema([("input", pa.int64()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar as the manifest records it."""
+
+    name: str
+    """File name without ending: train-000000."""
+    images: int
+    tar_bytes: int
+    tar_sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A dataset: its shards in their order, its class names, and where it came from."""
+
+    directory: Path
+    fingerprint: str
+    """sha256 of manifest.json."""
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    """Name of label i at position i; empty for images without labels."""
+    images_read: int
+    """Inputs found; images_read = images + rejected."""
+    rejected: dict[str, int]
+    """Inputs not written, by reason."""
+    build: dict[str, Any]
+    """Options of the build and its plan hash."""
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """The index of one shard in memory; row i describes sample i."""
+
+    keys: np.ndarray
+    """Fixed-width bytes (dtype S)."""
+    image_offset: np.ndarray
+    image_size: np.ndarray
+    label: np.ndarray
+    image_xxh3: np.ndarray
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    shards: list[Shard],
+    classes: list[str],
+    images_read: int,
+    rejected: dict[str, int],
+    build: dict[str, Any],
+) -> Manifest:
+    """Write manifest.json atomically, as the last act of a build, and return it as read back."""
+    images = sum(shard.images for shard in shards)
+    assert images_read == images + sum(rejected.values()), "read = written + rejected"
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "shards": [vars(shard) for shard in shards],
+        "images": images,
+        "classes": classes,
+        "images_read": images_read,
+        "rejected": rejected,
+        "build": build,
+    }
+    write_bytes(directory / MANIFEST, canonical_json(record))
+    return read_manifest(directory)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read DIR/manifest.json. Raises EnvironmentFault when it is missing, damaged, or of another schema."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        what = (
+            "an unfinished build: run the same launch/build_shards.py command again"
+            if any(directory.glob("*.tar"))
+            else "no dataset; make one with launch/build_shards.py"
+        )
+        raise EnvironmentFault(f"expected a dataset at {directory}, found no {MANIFEST} there ({what})")
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        found = record.get("schema_version") if isinstance(record, dict) else None
+        raise EnvironmentFault(f"{path}: expected schema_version {SCHEMA_VERSION}, got {found!r}; rebuild the dataset")
+    try:
+        return Manifest(
+            directory=directory,
+            fingerprint=sha256_bytes(path.read_bytes()),
+            shards=tuple(Shard(**shard) for shard in record["shards"]),
+            classes=tuple(record["classes"]),
+            images_read=record["images_read"],
+            rejected=dict(record["rejected"]),
+            build=dict(record["build"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise EnvironmentFault(f"{path} is damaged ({error}); restore it from a copy or rebuild the dataset") from None
+
+
+def read_index(manifest: Manifest, shard: int) -> ShardIndex:
+    """Read the index of shard number `shard`. Raises EnvironmentFault naming a missing or damaged file."""
+    record = manifest.shards[shard]
+    path = manifest.directory / f"{record.name}.parquet"
+    columns = ["key", "image_offset", "image_size", "label", "image_xxh3"]
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise EnvironmentFault(f"the index {path} cannot be read ({error}); restore it from a copy or rebuild") from None
+    if table.num_rows != record.images:
+        raise EnvironmentFault(
+            f"{path}: expected {record.images} rows as in {MANIFEST}, got {table.num_rows}; rebuild the dataset"
+        )
+    numbers = {name: table[name].to_numpy() for name in columns[1:]}
+    return ShardIndex(keys=np.array(table["key"].to_pylist(), dtype="S"), **numbers)

@@ -1,0 +1,1 @@
+"""Thin scripts: parse, resolve, print what was derived, call."""

@@ -1,0 +1,1 @@
+"""The ground every package stands on: errors and exit codes, atomic files, cluster, fault points, progress."""

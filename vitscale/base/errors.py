@@ -1,0 +1,93 @@
+"""Errors a user can cause and the exit codes a scheduler can read.
+
+Every message says what was expected, what came and what to change, in one sentence. `run_main` turns such an error
+into that sentence and an exit code; a traceback is only ever printed for a defect of our own.
+"""
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every program here (design.md 4). Launchers may replace them; FINISHED.json is the truth."""
+
+    DONE = 0
+    USAGE = 2
+    ENVIRONMENT = 3
+    TRANSIENT = 75
+    STOPPED = 76
+    NO_PROGRESS = 77
+    BAD_DATA = 78
+    DIVERGED = 79
+
+
+class VitscaleError(Exception):
+    """Base of all expected errors; `exit_code` is what the program ends with."""
+
+    exit_code = ExitCode.USAGE
+    every_rank_speaks = False
+
+
+class UsageError(VitscaleError):
+    """A wrong word: flag, key, value, contradiction, or a dataset that does not fit. Exit 2, printed by rank 0."""
+
+
+class EnvironmentFault(VitscaleError):
+    """A missing or damaged file, directory or service. Exit 3, printed by rank 0."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class HostFault(EnvironmentFault):
+    """A fault only one host can see; that host prints it, whatever its rank."""
+
+    every_rank_speaks = True
+
+
+class TransientFault(VitscaleError):
+    """Something that may be gone on the next start (I/O after all retries). Exit 75: requeue."""
+
+    exit_code = ExitCode.TRANSIENT
+    every_rank_speaks = True
+
+
+class BadDataError(VitscaleError):
+    """More bad images than the budget allows. Exit 78: do not requeue."""
+
+    exit_code = ExitCode.BAD_DATA
+    every_rank_speaks = True
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the closest choice, or an empty string when nothing is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# Launchers kill the other ranks as soon as one has ended. The ranks that stay silent wait this long, so that the
+# rank that speaks is never killed before its sentence is out.
+SILENT_RANK_WAIT_S = 10.0
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run `main`, print an expected error as one sentence, and end the process with its exit code."""
+    try:
+        main()
+    except VitscaleError as error:
+        is_rank_zero = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        if is_rank_zero or error.every_rank_speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SILENT_RANK_WAIT_S)
+        _leave(error.exit_code)
+
+
+def _leave(code: int) -> None:
+    """End at once: a process group whose peers are gone must not be waited for in an exit handler."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))

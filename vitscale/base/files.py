@@ -1,0 +1,75 @@
+"""Files appear whole or not at all: temporary name, fsync, rename. Also the hashes that records carry."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from vitscale.base.errors import EnvironmentFault
+
+HASH_CHUNK_BYTES = 4 << 20
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory to the device. A rename is durable only after its directory was flushed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a file or directory already written and flushed, then flush the directory that now names it."""
+    os.replace(temporary, final)
+    fsync_path(final.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is either absent, the old one, or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, path)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write canonical JSON: sorted keys, two spaces, one final newline. Equal records give equal bytes."""
+    write_bytes(path, canonical_json(record))
+
+
+def canonical_json(record: Any) -> bytes:
+    return (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or damaged file raises EnvironmentFault naming it."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise EnvironmentFault(f"expected a file at {path}, found none") from None
+    except (ValueError, OSError) as error:
+        raise EnvironmentFault(f"{path} cannot be read as JSON ({error}); restore it from a copy") from None
+
+
+def sha256_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a whole file, read in chunks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def xxh3_64(content: bytes) -> int:
+    """64-bit xxh3 as an unsigned integer: the hash of images and of delivered samples."""
+    return xxhash.xxh3_64_intdigest(content)

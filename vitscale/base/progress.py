@@ -1,0 +1,38 @@
+"""Progress a person can read: a bar with rate and ETA, and durations and sizes in words."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, total: int, what: str, unit: str = "it") -> Iterator[T]:
+    """Yield the items behind a progress bar on stderr with rate and ETA."""
+    interval_s = 0.2 if sys.stderr.isatty() else 5.0
+    yield from tqdm(items, total=total, desc=what, unit=unit, mininterval=interval_s, dynamic_ncols=True)
+
+
+def in_words(seconds: float) -> str:
+    """`3d04h`, `2h05m`, `7m12s` or `9s`."""
+    whole = max(0, round(seconds))
+    minutes, s = divmod(whole, 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def bytes_in_words(count: int) -> str:
+    """`512 B`, `3.4 MB`: decimal units, as storage is sold."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

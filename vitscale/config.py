@@ -1,0 +1,339 @@
+"""One typed configuration tree, strict at the door.
+
+A recipe returns a `Config`; `section.key=value` overrides change it; the resolved tree is stored as JSON in the run
+directory and decodes back to an equal tree. Unknown or ill-typed keys raise UsageError with the nearest valid name.
+DeepSpeed's side of the settings (how the machine does it) lives in ds_config.json, never here (design.md 7).
+
+Each field has a kind, which says what a resume does with a difference (design.md 4):
+result    changes what is learned: must be equal, else exit 2
+machine   how it is computed: follows the command
+watching  what is logged, saved and evaluated, and when: follows the command
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_pipeline.config import AugmentConfig, DataConfig
+from vitscale.base.errors import UsageError, nearest
+
+Kind = Literal["result", "machine", "watching"]
+
+
+def watching(default: Any) -> Any:
+    """A field that says what is looked at, and when."""
+    return field(default=default, metadata={"kind": "watching"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Vision Transformer, by the letters of the seed mathematics: H=W=image_size, P=patch_size, D=width, L=depth."""
+
+    image_size: int
+    """Height and width of the input in pixels."""
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    classes: int
+    mlp_width: int | None = None
+    """D_ff; None: 4 * width, as the seed has it."""
+    channels: int = 3
+    norm: Literal["pre", "post"] = "pre"
+    """post: LayerNorm(z + f(z)) and no final norm, the seed to the letter; pre: the papers and all public weights."""
+    position: Literal["learned", "sinusoidal"] = "learned"
+    norm_eps: float = 1e-6
+    """Epsilon of LayerNorm (Flax and timm: 1e-6; torch's own default is 1e-5)."""
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Subtracted from pixels in 0..1 per channel (0.5/0.5: the range [-1, 1] of the ViT papers)."""
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads", "classes", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            below = self.image_size // self.patch_size * self.patch_size
+            raise ValueError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; "
+                f"nearest valid sizes: {below or self.patch_size} and {below + self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width={self.width} is not a multiple of model.heads={self.heads}; every head needs width/heads columns"
+            )
+        if len(self.pixel_mean) != self.channels or len(self.pixel_std) != self.channels:
+            raise ValueError(
+                f"model.pixel_mean and pixel_std need one number per channel ({self.channels}), "
+                f"got {len(self.pixel_mean)} and {len(self.pixel_std)}"
+            )
+
+    @property
+    def feedforward_width(self) -> int:
+        """D_ff."""
+        return self.mlp_width if self.mlp_width is not None else 4 * self.width
+
+    @property
+    def patches(self) -> int:
+        """N = H W / P^2."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """N + 1: the patches and the class token."""
+        return self.patches + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with decoupled weight decay as torch does it: the decay per step is lr * weight_decay."""
+
+    global_batch: int
+    """Images per optimizer update over all ranks."""
+    peak_lr: float
+    """Learning rate after warm-up, for `optim.global_batch`; never rescaled silently."""
+    micro_batch_max: int = 64
+    """Most images one rank feeds forward at once; the micro-batch is the largest divisor of its share up to this."""
+    warmup: int | str = 0
+    """Length of the linear warm-up from 0: steps, or a text such as "5%", "5ep", "10000img"."""
+    end_lr: float = 0.0
+    """Learning rate the cosine ends at."""
+    weight_decay: float = 0.1
+    """Applies to matrices only: not to biases, norms, class token and positions."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Largest global gradient norm; 0: off."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "peak_lr", "micro_batch_max", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("end_lr", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be within [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, from which seed and weights, in which precision."""
+
+    length: int | str
+    """Length of the run: steps, or a text such as "60ep" or "1000000img"."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    label_smoothing: float = 0.0
+    init_weights: str = field(default="", metadata={"kind": "machine"})
+    """Where a fine-tuning takes its weights from; empty: fresh weights."""
+    init_sha256: str = ""
+    """sha256 of those weights; filled in when the run starts."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"train.label_smoothing must be within [0, 1), got {self.label_smoothing}")
+        if self.seed < 0:
+            raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is written down, and when. All lengths as in train.length; percent is of the whole run."""
+
+    log_every: int | str = watching(50)
+    eval_every: int | str = watching("10%")
+    save_every: int | str = watching("10%")
+    keep_last: int = watching(2)
+    """Checkpoints kept besides those of keep_every."""
+    keep_every: int | str = watching(0)
+    """Keep every checkpoint at a multiple of this for ever; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(
+                f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The full configuration of a run, except how the machine does it (ds_config.json)."""
+
+    recipe: str
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    run: RunConfig = RunConfig()
+
+
+def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_steps: int | None = None) -> int:
+    """Convert a length to steps, rounding up: 1500, "30ep", "1000000img", or "5%" of `total_steps`.
+
+    The one place where lengths are converted; training code knows only steps. Raises ValueError.
+    """
+    if isinstance(length, int):
+        if length < 0:
+            raise ValueError(f"expected a length of 0 or more steps, got {length}")
+        return length
+    text = length.strip()
+    for unit in ("ep", "img", "%", ""):
+        if text.endswith(unit):
+            break
+    number = text[: len(text) - len(unit)].strip() if unit else text
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = -1.0
+    if amount < 0 or (unit == "%" and total_steps is None):
+        raise ValueError(f'expected a length such as 1500, "30ep", "1000000img" or "5%", got {length!r}')
+    if unit == "%":
+        assert total_steps is not None
+        return _ceil(amount * total_steps / 100)
+    images = {"ep": amount * epoch_images, "img": amount, "": amount * global_batch}[unit]
+    return _ceil(images / global_batch)
+
+
+def _ceil(value: float) -> int:
+    nearest_whole = round(value)
+    return nearest_whole if abs(value - nearest_whole) < 1e-9 else int(value) + 1
+
+
+# ---- decode, override, encode ---------------------------------------------------------------------------------------
+
+
+def apply_overrides(config: Config, overrides: typing.Sequence[str]) -> Config:
+    """Apply `section.key=value` texts in order. Raises UsageError naming the nearest key and the expected type."""
+    record = to_record(config)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"expected section.key=value, got {override!r}")
+        section, dot, key = path.partition(".")
+        sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+        if not dot or section not in sections:
+            raise UsageError(
+                f"there is no setting {path!r}{nearest(path, [*all_keys(), 'ds'])}; sections: {', '.join(sections)}, ds"
+            )
+        if key not in record[section]:
+            raise UsageError(f"there is no setting {path!r}{nearest(path, all_keys())}")
+        record[section][key] = _value_of(text)
+    return from_record(record)
+
+
+def _value_of(text: str) -> Any:
+    """JSON where it parses (numbers, true, null, lists), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the tree."""
+    return [
+        f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(section.type)
+        for f in dataclasses.fields(typing.cast(Any, section.type))
+    ]
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of a dotted key; "recipe" itself is a name and counts as watching."""
+    section, _, name = key.partition(".")
+    for outer in dataclasses.fields(Config):
+        if outer.name == section and dataclasses.is_dataclass(outer.type):
+            for f in dataclasses.fields(typing.cast(Any, outer.type)):
+                if f.name == name:
+                    return f.metadata.get("kind", "result")
+    return "watching"
+
+
+def to_record(config: Config) -> dict[str, Any]:
+    """The tree as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_record(record: dict[str, Any], *, origin: str = "") -> Config:
+    """Decode strictly; unknown, missing or ill-typed keys raise UsageError. `origin` names the file in the message."""
+    place = f"{origin}: " if origin else ""
+    try:
+        return typing.cast(Config, _decode(Config, record, ""))
+    except ValueError as error:
+        raise UsageError(f"{place}{error}") from None
+
+
+def _decode(cls: Any, record: Any, path: str) -> Any:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a section with keys at {path or 'the top'}, got {record!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in record:
+        if name not in known:
+            raise ValueError(f"there is no setting {_join(path, name)!r}{nearest(name, known)}")
+    values = {}
+    for name, f in known.items():
+        if name in record:
+            values[name] = _decode_value(f.type, record[name], _join(path, name))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"the setting {_join(path, name)} is missing")
+    return cls(**values)
+
+
+def _decode_value(expected: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(expected):
+        return _decode(expected, value, path)
+    origin, options = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (types.UnionType, typing.Union):
+        for option in options:
+            try:
+                return _decode_value(option, value, path)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        if value in options and isinstance(value, str):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_decode_value(options[0], item, path) for item in value)
+    elif expected is types.NoneType:
+        if value is None:
+            return None
+    elif expected is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif expected is str:
+        # An override cannot tell the text 5 from the number 5.
+        if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+            return str(value)
+    elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{path}: expected {_spell(expected)}, got {value!r}{_nearest_literal(expected, value)}")
+
+
+def _nearest_literal(expected: Any, value: Any) -> str:
+    words = [w for w in typing.get_args(expected) if isinstance(w, str)]
+    return nearest(str(value), words)
+
+
+def _spell(expected: Any) -> str:
+    origin, options = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_spell(option) for option in options)
+    if origin is tuple:
+        return f"a list of {_spell(options[0])}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+    return names.get(expected, str(expected))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,1 @@
+"""Memory, time and cadence in closed form."""

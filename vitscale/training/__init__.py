@@ -1,0 +1,1 @@
+"""Engine, objective, optimizer, checkpoints, metrics and the loop."""
