@@ -11,7 +11,6 @@ none          nothing: a world of one
 A complete RANK set wins over SLURM_*, because torchrun inside srun shows both.
 """
 
-import os
 import re
 import socket
 from collections.abc import Mapping
@@ -87,7 +86,7 @@ def resolve_cluster(environ: Mapping[str, str]) -> Cluster:
     if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         if "MASTER_ADDR" not in environ:
             raise UsageError(
-                "mpirun gave ranks but no address; expected MASTER_ADDR in the environment: add `-x MASTER_ADDR=<host of rank 0>`"
+                "mpirun gave ranks but no address; expected MASTER_ADDR in the environment: add `-x MASTER_ADDR=HOST_OF_RANK_0`"
             )
         return _build(
             environ,
