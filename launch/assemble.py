@@ -1,0 +1,308 @@
+"""Put a run together: configuration → datasets, streams, model, engine. The only place where data and training meet.
+
+resolve     pure reading, no process group: configuration, DeepSpeed settings, datasets, what a resume allows
+carry_out   start the ranks, make the engine, restore, train, evaluate, mark as finished
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.build import build_dataset
+from data_pipeline.config import BuildConfig
+from data_pipeline.loader import eval_stream, train_stream
+from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
+from data_pipeline.order import ORDER_VERSION
+from data_pipeline.storage import check_files
+from vitscale.base.cluster import Cluster
+from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
+from vitscale.base.files import sha256_bytes, sha256_file
+from vitscale.config import Config, from_record, steps_of
+from vitscale.ds_config import DsConfig
+from vitscale.evaluation.classification import Scores, classify
+from vitscale.model.flops import train_flops
+from vitscale.model.vit import VisionTransformer, initialise
+from vitscale.planning.peaks import peak_flops_of
+from vitscale.training.checkpoint import (
+    RECORD,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    newest_valid,
+    save_checkpoint,
+    verify,
+)
+from vitscale.training.engine import Engine, leave_ranks, start_ranks
+from vitscale.training.metrics import Metrics, complain
+from vitscale.training.objective import Objective
+from vitscale.training.optim import lr_at, make_optimizer
+from vitscale.training.partitions import consolidate
+from vitscale.training.rundir import CONFIG, Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.trainer import Plan, train
+from vitscale.weights.native import Weights, fit_to, load_weights
+
+EMBEDDED = "digits:"
+EMBEDDED_WAIT_S = 120.0
+# About 120 bytes an image: at least eight shards, uneven because images differ in size.
+EMBEDDED_SHARD_BYTES = 12_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs, resolved and checked; equal on all ranks but for the cluster."""
+
+    run: Path
+    config: Config
+    ds: DsConfig
+    cluster: Cluster
+    train_data: Manifest
+    eval_data: Manifest | None
+    plan: Plan
+    warmup_steps: int
+    keep_every_steps: int
+    followed: list[Difference]
+    """Machine and watching settings that differ from the stored run."""
+    initial: Weights | None
+    """Weights a fine-tuning starts from."""
+
+
+def open_datasets(config: Config, *, run: Path, cluster: Cluster) -> tuple[Config, Manifest, Manifest | None]:
+    """Read both manifests, check that their files are there and fit the model, and fill in the fingerprints.
+
+    Embedded digits (`digits:train`) are built under RUN/data by rank 0 while the others wait for their manifest.
+    """
+    if not config.data.path:
+        raise UsageError(
+            f"recipe {config.recipe!r} needs a training dataset; add --data DIR (launch/build_shards.py makes one)"
+        )
+    train_data = _open_dataset(config.data.path, run=run, cluster=cluster)
+    eval_data = _open_dataset(config.data.eval_path, run=run, cluster=cluster) if config.data.eval_path else None
+    for manifest in (train_data, eval_data):
+        if manifest is not None and len(manifest.classes) != config.model.classes:
+            raise UsageError(
+                f"the model has model.classes={config.model.classes} but the dataset {manifest.directory} has "
+                f"{len(manifest.classes)} classes; set model.classes={len(manifest.classes)} or name another dataset"
+            )
+    if eval_data is not None and eval_data.classes != train_data.classes:
+        raise UsageError(
+            f"the evaluation dataset {eval_data.directory} names its classes otherwise than {train_data.directory}; "
+            "build both with the same --classes"
+        )
+    data = dataclasses.replace(
+        config.data,
+        fingerprint=train_data.fingerprint,
+        eval_fingerprint=eval_data.fingerprint if eval_data is not None else "",
+    )
+    return dataclasses.replace(config, data=data), train_data, eval_data
+
+
+def _open_dataset(path: str, *, run: Path, cluster: Cluster) -> Manifest:
+    if path.startswith(EMBEDDED):
+        directory = run / "data" / path.removeprefix(EMBEDDED)
+        _provide_embedded(path, directory, cluster)
+    else:
+        directory = Path(path)
+    manifest = read_manifest(directory)
+    check_files(manifest)
+    return manifest
+
+
+def _provide_embedded(source: str, directory: Path, cluster: Cluster) -> None:
+    """Rank 0 builds the embedded dataset; the others wait until its manifest, the last file, is there."""
+    if cluster.rank == 0:
+        options = BuildConfig(source=source, shard_bytes=EMBEDDED_SHARD_BYTES)
+        build_dataset(options, directory, workers=1, show_progress=False)
+        return
+    give_up_at_s = time.monotonic() + EMBEDDED_WAIT_S
+    while not (directory / MANIFEST).is_file():
+        if time.monotonic() > give_up_at_s:
+            raise HostFault(
+                f"host {cluster.host} waited {EMBEDDED_WAIT_S:.0f} s for rank 0 to build {directory.resolve()}; "
+                "put --run on a file system shared by all hosts"
+            )
+        time.sleep(0.1)
+
+
+def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
+    """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
+
+    def steps(name: str, length: int | str, total: int | None) -> int:
+        try:
+            batch = config.optim.global_batch
+            return steps_of(length, global_batch=batch, epoch_images=epoch_images, total_steps=total)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+    total = steps("train.length", config.train.length, None)
+    if total < 1:
+        raise UsageError(f"train.length={config.train.length!r} is no step at all; expected at least one step")
+    warmup = steps("optim.warmup", config.optim.warmup, total)
+    if warmup > total:
+        raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+    watch = {name: steps(f"run.{name}", getattr(config.run, name), total) for name in ("log_every", "eval_every", "save_every")}
+    plan = Plan(
+        total_steps=total,
+        global_batch=config.optim.global_batch,
+        log_every_steps=watch["log_every"],
+        eval_every_steps=watch["eval_every"],
+        save_every_steps=watch["save_every"],
+        flops_per_image=train_flops(config.model),
+        peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
+    )
+    return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
+
+
+def carry_out(job: Job) -> None:
+    """Run the job to its end, or continue it where its newest usable checkpoint stands."""
+    config = job.config
+    device = start_ranks(job.cluster)
+    require_shared_directory(job.run, job.cluster)
+    saved = find_checkpoint(job.run / "checkpoints", say=complain)
+    begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
+
+    engine = make_engine(config, job.ds, initial=None if saved else job.initial, device=device)
+    state = load_checkpoint(engine, saved) if saved else TrainState()
+    metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
+    if metrics is not None:
+        metrics.open(state.step)
+        metrics.say(f"continuing after step {state.step} from {saved.directory}" if saved else f"starting {job.run} at step 0")
+
+    objective = Objective(
+        model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
+    )
+    stream = train_stream(
+        job.train_data,
+        data=config.data,
+        augment=config.augment,
+        image_size=config.model.image_size,
+        seed=config.train.seed,
+        global_batch=config.optim.global_batch,
+        micro_batch=job.ds.micro_batch,
+        rank=job.cluster.rank,
+        world=job.cluster.world,
+        position=state.position,
+    )
+    order = {
+        "fingerprint": config.data.fingerprint,
+        "order_version": ORDER_VERSION,
+        "lanes": config.data.lanes,
+        "window": config.data.window,
+        "seed": config.train.seed,
+        "classes": list(job.train_data.classes),
+    }
+    last_scores: list[Scores] = []
+
+    def evaluate() -> Scores:
+        assert job.eval_data is not None
+        last_scores.append(evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch))
+        return last_scores[-1]
+
+    def save(now: TrainState) -> None:
+        save_checkpoint(
+            engine,
+            job.run / "checkpoints",
+            state=now,
+            data=order,
+            keep_last=config.run.keep_last,
+            keep_every=job.keep_every_steps,
+        )
+
+    train(
+        state,
+        plan=job.plan,
+        engine=engine,
+        objective=objective,
+        stream=stream,
+        lr_at_step=lambda step: lr_at(
+            step, optim=config.optim, warmup_steps=job.warmup_steps, total_steps=job.plan.total_steps
+        ),
+        evaluate=evaluate if job.eval_data is not None else None,
+        save=save,
+        metrics=metrics,
+    )
+    stream.close()
+    # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
+    if job.eval_data is not None and not last_scores:
+        evaluate()
+    if metrics is not None:
+        scores = last_scores[-1].as_record() if last_scores else None
+        mark_finished(job.run, {"step": state.step, "images_seen": state.images_seen, "skipped": state.skipped, "eval": scores})
+        result = f": top-1 {scores['top1']:.2%} on {scores['images']} images" if scores else ""
+        metrics.say(f"finished after {state.step} steps{result}; the run is in {job.run}")
+        metrics.close()
+    leave_ranks()
+
+
+def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device) -> Engine:
+    """Model, optimizer and DeepSpeed engine; every rank starts from the same weights."""
+    model = VisionTransformer(config.model, recompute_every=ds.recompute_every)
+    initialise(model, seed=config.train.seed)
+    if initial is not None:
+        missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
+        assert all(name.startswith("head.") for name in missing), missing
+    model.to(device)
+    return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
+
+
+def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:
+    """Score the engine's present weights on a whole dataset. Collective."""
+    engine.eval()
+    batches = eval_stream(
+        manifest,
+        data=config.data,
+        augment=config.augment,
+        image_size=config.model.image_size,
+        micro_batch=micro_batch,
+        rank=engine.rank,
+        world=engine.world,
+    )
+    return classify(lambda images_BHWC: objective.logits(engine, images_BHWC), batches, sum_over_ranks=engine.sum_over_ranks)
+
+
+def load_weights_of(text: str) -> Weights:
+    """Weights by name: RUN, RUN@STEP, or a .safetensors file written by launch/export.py.
+
+    From a run, the newest checkpoint that verifies (or the named step) is put together in host memory.
+    """
+    if text.endswith(".safetensors"):
+        return load_weights(Path(text))
+    run, step_directory, record = find_trained(text)
+    config = from_record(json.loads((run / CONFIG).read_text()), origin=str(run / CONFIG))
+    meta = {
+        "source": str(run.resolve()),
+        "step": str(record["state"]["step"]),
+        "classes": json.dumps(record["data"]["classes"]),
+    }
+    return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
+
+
+def identity_of(text: str) -> str:
+    """A sha256 that stands for the weights `load_weights_of` would give: of the file, or of the checkpoint's record."""
+    if text.endswith(".safetensors"):
+        if not Path(text).is_file():
+            raise EnvironmentFault(f"expected weights at {text}, found no such file")
+        return sha256_file(Path(text))
+    _, step_directory, _ = find_trained(text)
+    return sha256_bytes((step_directory / RECORD).read_bytes())
+
+
+def find_trained(text: str) -> tuple[Path, Path, dict]:
+    """(run, step directory, its record) of RUN or RUN@STEP."""
+    name, at, step = text.partition("@")
+    run = Path(name)
+    if not (run / CONFIG).is_file():
+        raise EnvironmentFault(f"expected a run directory or a .safetensors file at {name}, found no {CONFIG} there")
+    checkpoints = run / "checkpoints"
+    if not at:
+        return run, *newest_valid(checkpoints)
+    if not step.isdigit():
+        raise UsageError(f"expected RUN@STEP with a number behind @, got {text!r}")
+    path = checkpoints / f"step-{int(step):08d}"
+    complaint, record = verify(path)
+    if complaint is not None:
+        raise EnvironmentFault(f"{path} is not usable: {complaint}")
+    return run, path, record

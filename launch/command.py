@@ -1,0 +1,152 @@
+"""The command line that pretraining and fine-tuning share: parse, resolve, print what was derived, carry out."""
+
+import dataclasses
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.assemble import Job, carry_out, make_plan, open_datasets
+from vitscale.base.arguments import Parser
+from vitscale.base.cluster import resolve_cluster
+from vitscale.base.errors import UsageError
+from vitscale.base.files import read_json
+from vitscale.config import Config, all_keys, apply_overrides, from_record
+from vitscale.ds_config import read_ds_config, resolve_ds_config
+from vitscale.model.flops import forward_flops, parameters
+from vitscale.recipes.catalog import recipe_named
+from vitscale.training.rundir import FINISHED, differences, refuse_result_changes, stored_config
+from vitscale.weights.native import Weights
+
+DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
+
+
+def training_parser(description: str) -> Parser:
+    """The flags of pretrain.py and finetune.py; every setting is a `section.key=value` behind them."""
+    parser = Parser(description + "\n\nsettings: " + ", ".join(all_keys()) + ", ds.PATH (a key of ds_config.json)")
+    parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="start from a stored RUN/config.json")
+    parser.add_argument("--data", metavar="DIR", help="training dataset, made by launch/build_shards.py")
+    parser.add_argument("--eval-data", metavar="DIR", help="evaluation dataset")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>)")
+    parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
+    parser.add_argument("--dry-run", action="store_true", help="print what was derived, write nothing, end")
+    parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: as if started with N ranks")
+    parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def run_training(
+    args: Namespace,
+    *,
+    default_recipe: str,
+    adapt: Callable[[Config], Config] = lambda config: config,
+    initial: Callable[[], Weights] | None = None,
+) -> None:
+    """From parsed flags to a finished run.
+
+    `adapt` changes a fresh recipe before the overrides apply (fine-tuning puts its model there); `initial` reads the
+    weights to start from.
+    """
+    cluster = resolve_cluster(os.environ)
+    if args.world is not None:
+        if not args.dry_run:
+            raise UsageError("--world only goes with --dry-run; a real start takes its world from the launcher")
+        if args.world < 1:
+            raise UsageError(f"--world must be at least 1, got {args.world}")
+        cluster = dataclasses.replace(cluster, world=args.world, local_world=1)
+    if args.recipe and args.config:
+        raise UsageError("give one of --recipe and --config, not both")
+
+    run = args.run or Path("runs") / (args.recipe or default_recipe)
+    stored = stored_config(run)
+    if args.config:
+        config = from_record(read_json(args.config), origin=str(args.config))
+    elif stored is not None and not args.recipe:
+        config = stored
+    else:
+        config = adapt(recipe_named(args.recipe or default_recipe))
+    ds_overrides = [text.removeprefix("ds.") for text in args.overrides if text.startswith("ds.")]
+    config = apply_overrides(config, [text for text in args.overrides if not text.startswith("ds.")])
+    config = _with_paths(config, args)
+    ds = resolve_ds_config(read_ds_config(args.deepspeed_config, ds_overrides), config=config, world=cluster.world)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
+        place = Path(scratch) if args.dry_run and stored is None else run
+        config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
+    plan, warmup_steps, keep_every_steps = make_plan(config, ds, train_data.images)
+    found = differences(stored, config) if stored is not None else []
+    refuse_result_changes(run, found)
+    job = Job(
+        run=run,
+        config=config,
+        ds=ds,
+        cluster=cluster,
+        train_data=train_data,
+        eval_data=eval_data,
+        plan=plan,
+        warmup_steps=warmup_steps,
+        keep_every_steps=keep_every_steps,
+        followed=found,
+        initial=None,
+    )
+    if cluster.rank == 0:
+        print(derived_table(job), flush=True)
+    if args.dry_run:
+        return
+    if (run / FINISHED).is_file():
+        if cluster.rank == 0:
+            print(f"{run} is finished: {read_json(run / FINISHED)}; nothing to do", flush=True)
+        return
+    carry_out(dataclasses.replace(job, initial=initial() if initial is not None else None))
+
+
+def _with_paths(config: Config, args: Namespace) -> Config:
+    """--data and --eval-data as absolute paths, so that a resume may come from another working directory."""
+    paths = {}
+    for key, given in (("path", args.data), ("eval_path", args.eval_data)):
+        if given is not None:
+            paths[key] = given if given.startswith("digits:") else str(Path(given).resolve())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+
+
+def derived_table(job: Job) -> str:
+    """What follows from the configuration, with its factors, as text."""
+    config, ds, plan = job.config, job.ds, job.plan
+    epochs = plan.total_steps * plan.global_batch / job.train_data.images
+    recompute = {0: "no block", 1: "every block"}.get(ds.recompute_every, f"every {ds.recompute_every}th block")
+    model = config.model
+    rows = [
+        ("recipe", f"{config.recipe} -> {job.run}"),
+        (
+            "model",
+            f"ViT width {model.width} depth {model.depth} heads {model.heads} patch {model.patch_size} at {model.image_size} px, "
+            f"{model.norm}-norm: {parameters(model):,} parameters, {model.tokens} tokens, "
+            f"{forward_flops(model) / 1e9:.3g} GFLOP forward per image",
+        ),
+        (
+            "data",
+            f"{job.train_data.images:,} images in {len(job.train_data.shards)} shards, {len(job.train_data.classes)} classes",
+        ),
+        ("evaluation", f"{job.eval_data.images:,} images" if job.eval_data else "none (no --eval-data)"),
+        (
+            "global batch",
+            f"{plan.global_batch} = {ds.world} ranks x micro-batch {ds.micro_batch} x accumulation {ds.accumulation}",
+        ),
+        (
+            "length",
+            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} steps to lr {config.optim.peak_lr:g}",
+        ),
+        ("machine", f"ZeRO stage {ds.stage}, {ds.mechanism}, recomputing {recompute}"),
+        (
+            "every",
+            f"log {plan.log_every_steps}, evaluate {plan.eval_every_steps}, save {plan.save_every_steps} steps; "
+            f"keep the last {config.run.keep_last} checkpoints",
+        ),
+        *[("follows the command", f"{d.key}: {d.stored!r} -> {d.wanted!r}") for d in job.followed],
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

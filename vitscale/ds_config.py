@@ -1,0 +1,363 @@
+"""Read ds_config.json, resolve every "auto", refuse every contradiction, and hand DeepSpeed a complete dictionary.
+
+One number, one home: the recipe owns what changes the result (global batch, clipping, precision, the largest
+micro-batch), ds_config.json owns how the machine does it. DeepSpeed itself does not know "auto", ignores unknown
+top-level keys, and has defaults that change results (gradient_clipping 1.0, bf16 accumulation); so everything is
+resolved, checked and written out here, before a process group exists. Pure Python: imports neither torch nor DeepSpeed.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitscale.base.errors import UsageError, nearest
+from vitscale.config import Config
+
+# The only keys where "auto" has a meaning: they repeat what the recipe says.
+AUTO_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+
+ZERO_KEYS = (
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "round_robin_gradients",
+    "sub_group_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "zero_hpz_partition_size",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+)
+
+# Sections whose keys are listed are checked key by key; None means a plain value.
+KNOWN: dict[str, tuple[str, ...] | None] = {
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": None,
+    "gradient_accumulation_steps": None,
+    "gradient_clipping": None,
+    "communication_data_type": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "steps_per_print": None,
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "dump_state": None,
+    "log_level": None,
+    "disable_python_gc": None,
+    "bf16": ("enabled",),
+    "fp16": ("enabled",),
+    "zero_optimization": ZERO_KEYS,
+    "data_types": ("grad_accum_dtype",),
+    "activation_checkpointing": (
+        "partition_activations",
+        "cpu_checkpointing",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    ),
+    "flops_profiler": (
+        "enabled",
+        "profile_step",
+        "module_depth",
+        "top_modules",
+        "detailed",
+        "output_file",
+        "recompute_fwd_factor",
+    ),
+    "comms_logger": ("enabled", "verbose", "prof_all", "prof_ops", "debug"),
+    "vitscale": ("recompute",),
+}
+
+REFUSED = {
+    "optimizer": "the optimizer belongs to the recipe; set optim.* instead",
+    "scheduler": "the schedule belongs to the recipe; set optim.peak_lr, optim.warmup and train.length instead",
+    "tensorboard": "metrics have one writer here; TensorBoard files are always written to RUN/tensorboard",
+    "csv_monitor": "metrics have one writer here; read RUN/metrics.jsonl",
+    "wandb": "metrics have one writer here; read RUN/metrics.jsonl or RUN/tensorboard",
+    "comet": "metrics have one writer here; read RUN/metrics.jsonl or RUN/tensorboard",
+    "torch_autocast": "it is derived: train.precision=bf16 at ZeRO stages 0 and 1 turns it on",
+    "checkpoint": "checkpoints are committed and verified by vitscale; set run.save_every and run.keep_last instead",
+    "timers": "steps are timed by vitscale without synchronising the device",
+    "gradient_allreduce_op": "gradients are always averaged",
+    "managed_gradient_accumulation": "accumulation is always managed by the engine",
+    "seed": "DeepSpeed has no such key; set train.seed instead",
+    **{
+        key: "DeepSpeed 0.19 has removed it and would raise; delete the key"
+        for key in (
+            "nebula",
+            "amp",
+            "compression_training",
+            "quantize_training",
+            "sparse_gradients",
+            "eigenvalue",
+            "sparse_attention",
+            "elasticity",
+            "graph_harvesting",
+            "curriculum_learning",
+            "progressive_layer_drop",
+            "zero_optimization.mics_shard_size",
+            "zero_optimization.mics_hierarchical_params_gather",
+            "zero_optimization.zeropp_loco_param",
+        )
+    },
+    "zero_optimization.offload_optimizer": "offloading is not offered yet; delete the section",
+    "zero_optimization.offload_param": "offloading is not offered yet; delete the section",
+    "zero_optimization.elastic_checkpoint": "it raises at stage 3 and does nothing at stages 1 and 2; delete the key",
+    "zero_optimization.zero_quantized_weights": "it changes the numbers and is not offered; delete the key",
+    "zero_optimization.zero_quantized_gradients": "it changes the numbers and is not offered; delete the key",
+}
+
+# DeepSpeed reads this section but acts on none of it outside its own pipeline engine; a true value would be a lie.
+_ACTIVATION_REASONS = {
+    "partition_activations": "it shards over tensor-parallel ranks and there are none here",
+    "cpu_checkpointing": "it is not offered yet",
+    "contiguous_memory_optimization": "it needs tensor-parallel ranks and there are none here",
+    "number_checkpoints": "the blocks to recompute are set by vitscale.recompute",
+    "synchronize_checkpoint_boundary": "it is not offered yet",
+    "profile": "it is not offered yet",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DsConfig:
+    """The resolved settings of the machine: a typed view and the two dictionaries behind it."""
+
+    engine: dict[str, Any]
+    """Complete dictionary for deepspeed.initialize; holds no "auto"."""
+    record: dict[str, Any]
+    """The same with the `vitscale` section, as stored in RUN/ds_config.json."""
+    stage: int
+    """ZeRO stage 0..3."""
+    world: int
+    micro_batch: int
+    """Images one rank feeds forward at once."""
+    accumulation: int
+    """Micro-batches per step and rank; world * micro_batch * accumulation = global batch."""
+    recompute_every: int
+    """0: no block is recomputed in the backward pass; 1: every block; k: every k-th."""
+    mechanism: str
+    """How the precision is reached, in words."""
+
+
+def read_ds_config(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read the file and apply `ds.PATH=value` overrides (already without the `ds.`). Raises UsageError."""
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"expected a DeepSpeed configuration at {path}, found none; name one with --deepspeed_config"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}: expected a JSON object with keys, got {type(record).__name__}")
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise UsageError(f"expected ds.PATH=value, got 'ds.{override}'")
+        *sections, key = dotted.split(".")
+        place = record
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"ds.{dotted}: {section!r} is a value, not a section")
+        try:
+            place[key] = json.loads(text)
+        except ValueError:
+            place[key] = text
+    return record
+
+
+def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> DsConfig:
+    """Turn what the file says into what DeepSpeed gets, for a world of `world` ranks.
+
+    Raises UsageError for unknown and refused keys, contradictions with the recipe (both values named), and world sizes
+    or micro-batches that do not divide (valid ones named).
+    """
+    record = copy.deepcopy(record)
+    _check_keys(record)
+    _check_autos(record, "")
+
+    _agree(record, "train_batch_size", config.optim.global_batch, "optim.global_batch")
+    _agree(record, "gradient_clipping", config.optim.clip, "optim.clip")
+    micro, accumulation = _batches(record, config=config, world=world)
+
+    zero = record.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 2)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+
+    mechanism, precision = _precision(record, stage=stage, config=config)
+    recompute = _recompute(record, depth=config.model.depth)
+
+    record |= {
+        "train_batch_size": config.optim.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        **precision,
+        "checkpoint": {"tag_validation": "Fail"},
+        # On by default, and synchronises the device at every micro-step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    }
+    engine = {key: value for key, value in record.items() if key not in ("vitscale", "activation_checkpointing")}
+    return DsConfig(
+        engine=engine,
+        record=record,
+        stage=stage,
+        world=world,
+        micro_batch=micro,
+        accumulation=accumulation,
+        recompute_every=recompute,
+        mechanism=mechanism,
+    )
+
+
+def _check_keys(record: dict[str, Any]) -> None:
+    for key, value in record.items():
+        if key in REFUSED:
+            raise UsageError(f"ds_config: {key!r} is refused: {REFUSED[key]}")
+        if key not in KNOWN:
+            raise UsageError(f"ds_config: there is no key {key!r}{nearest(key, KNOWN)}")
+        inner = KNOWN[key]
+        if inner is None:
+            continue
+        if not isinstance(value, dict):
+            raise UsageError(f"ds_config: expected a section with keys at {key!r}, got {value!r}")
+        for name in value:
+            dotted = f"{key}.{name}"
+            if dotted in REFUSED:
+                raise UsageError(f"ds_config: {dotted!r} is refused: {REFUSED[dotted]}")
+            if name not in inner:
+                raise UsageError(f"ds_config: there is no key {dotted!r}{nearest(name, inner)}")
+    for name, value in record.get("activation_checkpointing", {}).items():
+        if value not in (False, None):
+            raise UsageError(
+                f"ds_config: activation_checkpointing.{name}={value!r} would have no effect: {_ACTIVATION_REASONS[name]}; "
+                'choose the recomputed blocks with vitscale.recompute ("none", "all", or a number k for every k-th)'
+            )
+
+
+def _check_autos(value: Any, path: str) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_autos(inner, f"{path}.{name}" if path else name)
+    elif value == "auto" and path not in AUTO_KEYS:
+        raise UsageError(f'ds_config: {path} cannot be "auto"; only these can: {", ".join(AUTO_KEYS)}')
+
+
+def _agree(record: dict[str, Any], key: str, ours: float, name: str) -> None:
+    """A literal in the file that repeats a number of the recipe must repeat it exactly."""
+    value = record.get(key, "auto")
+    if value != "auto" and value != ours:
+        raise UsageError(
+            f'ds_config says {key}={value!r} but the recipe says {name}={ours!r}; set {key} to "auto" or {name}={value!r}'
+        )
+
+
+def _batches(record: dict[str, Any], *, config: Config, world: int) -> tuple[int, int]:
+    """Micro-batch and accumulation with world * micro * accumulation = global batch."""
+    batch = config.optim.global_batch
+    if batch % world:
+        valid = [n for n in divisors(batch) if n <= max(8, 2 * world)]
+        raise UsageError(
+            f"optim.global_batch={batch} cannot be shared equally by {world} ranks; "
+            f"valid numbers of ranks: {', '.join(map(str, valid))}, or change optim.global_batch to a multiple of {world}"
+        )
+    share = batch // world
+    micro = record.get("train_micro_batch_size_per_gpu", "auto")
+    accumulation = record.get("gradient_accumulation_steps", "auto")
+    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f'ds_config: {key}: expected a whole number of at least 1 or "auto", got {value!r}')
+        if value != "auto" and share % value:
+            raise UsageError(
+                f"{key}={value} does not divide the {share} images of one rank "
+                f"(optim.global_batch={batch} / {world} ranks); valid values: {', '.join(map(str, divisors(share)))}"
+            )
+    if micro == "auto":
+        micro = (
+            share // accumulation
+            if accumulation != "auto"
+            else max(n for n in divisors(share) if n <= config.optim.micro_batch_max)
+        )
+    if accumulation == "auto":
+        accumulation = share // micro
+    if micro * accumulation != share:
+        raise UsageError(
+            f"train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps={accumulation} x {world} ranks = "
+            f'{micro * accumulation * world}, but optim.global_batch={batch}; set one of the two to "auto"'
+        )
+    return micro, accumulation
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in rising order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[str, dict[str, Any]]:
+    """DeepSpeed's keys for train.precision (design.md 7), and the mechanism in words."""
+    wanted = config.train.precision
+    bf16 = record.pop("bf16", {}).get("enabled", "auto")
+    fp16 = record.pop("fp16", {}).get("enabled", "auto")
+    accumulate = record.pop("data_types", {}).get("grad_accum_dtype")
+    if fp16 not in ("auto", False):
+        raise UsageError("ds_config: fp16.enabled=true is not offered; set it to false and train.precision to bf16 or fp32")
+    if bf16 not in ("auto", wanted == "bf16"):
+        raise UsageError(
+            f"ds_config says bf16.enabled={json.dumps(bf16)} but the recipe says train.precision={wanted}; "
+            'set bf16.enabled to "auto"'
+        )
+    off: dict[str, Any] = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    if wanted == "fp32":
+        if accumulate not in (None, "fp32"):
+            raise UsageError(
+                f"ds_config says data_types.grad_accum_dtype={accumulate} but train.precision=fp32; delete the key"
+            )
+        return "fp32", off
+    if stage <= 1:
+        # bf16 with fp32 accumulation raises at stage 0 and writes checkpoints that cannot be exported at stage 1.
+        if accumulate not in (None, "fp32"):
+            raise UsageError(
+                f"ds_config: data_types.grad_accum_dtype={accumulate} has no effect at stage {stage}; delete the key"
+            )
+        return "bf16 autocast on fp32 weights", {**off, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return "bf16 weights, fp32 masters and accumulation", {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        # DeepSpeed's default accumulates in bf16: 6.3e-3 relative gradient error over 32 micro-batches against 1.3e-3.
+        "data_types": {"grad_accum_dtype": accumulate or "fp32"},
+    }
+
+
+def _recompute(record: dict[str, Any], *, depth: int) -> int:
+    section = record.setdefault("vitscale", {})
+    value = section.setdefault("recompute", "none")
+    if value == "none":
+        return 0
+    if value == "all":
+        return 1
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= depth:
+        return value
+    raise UsageError(f'vitscale.recompute: expected "none", "all" or a number from 1 to model.depth={depth}, got {value!r}')

@@ -1,0 +1,189 @@
+"""The only file that knows DeepSpeed: start the ranks, make the engine, step it, write and read its files.
+
+    with the model, our optimizer and a resolved dictionary -> deepspeed.initialize -> Engine
+
+DeepSpeed shards parameters (stage 3), gradients (2) and optimizer state (1), accumulates and clips. What it does not
+do is done here: the thread count, a timeout that also reaches its own process groups, the check for non-finite
+gradients at stage 0, and one meaning of "gradient norm" at every stage.
+"""
+
+import datetime
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from vitscale.base.cluster import Cluster
+from vitscale.base.errors import EnvironmentFault
+from vitscale.ds_config import DsConfig
+
+# DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+from deepspeed.utils import logger as deepspeed_logger
+
+deepspeed_logger.setLevel(logging.ERROR)
+
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def start_ranks(cluster: Cluster) -> torch.device:
+    """Join the process group (also in a world of one) and return the device of this rank.
+
+    Sets the thread count to cores / local ranks, because the number of threads changes the bits of a sum: the same
+    command must find the same number whatever the launcher did.
+    """
+    os.environ.update(cluster.environment())
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // cluster.local_world))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", cluster.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # The shared-memory operator serves inference only, and would be compiled at every first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
+    except (RuntimeError, torch.distributed.DistError) as error:
+        raise EnvironmentFault(
+            f"rank {cluster.rank} on {cluster.host} could not reach the other ranks through "
+            f"{cluster.master_addr}:{cluster.master_port} ({str(error).splitlines()[0]}); check address, port and interface"
+        ) from None
+    return device
+
+
+def leave_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    torch.distributed.barrier()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """The value rank 0 has, on every rank. Collective."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank. Collective."""
+    box: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
+class Engine:
+    """One training engine over all ranks. Every method but `set_lr` is collective."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ds: DsConfig, device: torch.device) -> None:
+        self.ds = ds
+        self.device = device
+        self.world = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.accumulation_steps = ds.accumulation
+        self.last_step_skipped = False
+        self._grad_norm: Any = None
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=None, config=ds.engine, dist_init_required=False
+        )
+        # DeepSpeed makes groups of its own without a timeout; a slow save must not be taken for a dead rank.
+        for group in {self._engine.seq_data_parallel_group, self._engine.data_parallel_group}:
+            torch.distributed.distributed_c10d._set_pg_timeout(PROCESS_GROUP_TIMEOUT, group)
+        # Activations take the type of the first weights; under autocast torch casts by itself.
+        self.input_dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for reading its settings. Call the engine, never this: gradients of stage 3 come out wrong."""
+        return self._engine.module
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer wrapper; only training/partitions.py reads its internals."""
+        return self._engine.optimizer
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Forward pass: logits_BC."""
+        return self._engine(images_BCHW)
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the coming step on every parameter group."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward_and_maybe_step(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; at the accumulation boundary reduce, clip and update.
+
+        A step with a non-finite gradient on any rank is skipped on all ranks: parameters and optimizer counters keep
+        their values, `last_step_skipped` becomes true.
+        """
+        self._engine.backward(loss)
+        is_boundary = self._engine.is_gradient_accumulation_boundary()
+        if is_boundary and self.ds.stage == 0:
+            self._check_gradients_at_stage_0()
+        self._engine.step()
+        if is_boundary and self.ds.stage > 0:
+            self.last_step_skipped = not self._engine.was_step_applied()
+            self._grad_norm = self._engine.get_global_grad_norm()
+
+    def _check_gradients_at_stage_0(self) -> None:
+        """DeepSpeed does not look at gradients at stage 0. They are reduced already, so all ranks see the same norm."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.last_step_skipped = not bool(torch.isfinite(self._grad_norm))
+        if self.last_step_skipped:
+            # Without gradients AdamW touches neither parameters nor counters.
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
+
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping. Waits for the device."""
+        return float(self._grad_norm)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sum of each number over the ranks, in float64."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(totals)
+        return totals.tolist()
+
+    def sum_modulo_2_64(self, value: int) -> int:
+        """Sum of unsigned 64-bit integers over the ranks, modulo 2^64."""
+        # Two's complement: the signed sum that wraps has the bits of the unsigned sum modulo 2^64.
+        signed = value - (1 << 64) if value >= 1 << 63 else value
+        total = torch.tensor([signed], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return int(total.item()) % (1 << 64)
+
+    def save_files(self, directory: Path, tag: str) -> None:
+        """Let DeepSpeed write its sharded files into directory/tag, without touching `latest`."""
+        self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+
+    def load_files(self, directory: Path, tag: str) -> None:
+        """Load what `save_files` wrote, at the same world size and stage. Hashes must have been verified before."""
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+        if loaded is None:
+            raise EnvironmentFault(f"DeepSpeed found no checkpoint of rank {self.rank} in {directory / tag}")
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers, so that another engine can be made in this process."""
+        self._engine.destroy()

@@ -1,0 +1,130 @@
+"""Write down what happened: metrics.jsonl, TensorBoard, status.json, and one line a person can read.
+
+Rank 0 is the only writer. One JSON line per logged step, values of that very step; evaluations are lines of their own.
+After a resume the file holds each step once: lines past the restored step are dropped before the first new one.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from vitscale.base.files import write_bytes, write_json
+from vitscale.base.progress import in_words
+
+CONSOLE_INTERVAL_S = 2.0
+STATUS_INTERVAL_S = 5.0
+
+
+class Metrics:
+    """All writers of a run; made on rank 0 only."""
+
+    def __init__(self, run: Path, *, total_steps: int, clock: Callable[[], float] = time.time) -> None:
+        self.run = run
+        self.path = run / "metrics.jsonl"
+        self.total_steps = total_steps
+        self.clock = clock
+        self._said_at_s = -math.inf
+        self._status_at_s = -math.inf
+        self._top1: float | None = None
+
+    def open(self, restored_step: int) -> None:
+        """Drop what lies past the restored step, then open for appending."""
+        drop_lines_past(self.path, restored_step)
+        self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=restored_step + 1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self._log = open(self.run / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self._started_at_s, self._started_step = self.clock(), restored_step
+
+    def log_step(self, line: dict[str, Any]) -> None:
+        """One logged step: to the file, to TensorBoard, and now and then to the screen."""
+        self._write(line)
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "at_unix_s"):
+                self._board.add_scalar(f"train/{name}", value, line["step"])
+        now_s, is_last = self.clock(), line["step"] == self.total_steps
+        if is_last or now_s - self._said_at_s >= CONSOLE_INTERVAL_S:
+            self._said_at_s = now_s
+            self.say(self._sentence(line, now_s))
+        if is_last or now_s - self._status_at_s >= STATUS_INTERVAL_S:
+            self._status_at_s = now_s
+            write_json(self.run / "status.json", {"phase": "training", "total_steps": self.total_steps, **_finite(line)})
+
+    def log_eval(self, step: int, scores: dict[str, float]) -> None:
+        """An evaluation after `step` steps."""
+        self._write({"step": step, "eval": scores})
+        for name, value in scores.items():
+            self._board.add_scalar(f"eval/{name}", value, step)
+        self._top1 = scores["top1"]
+        self.say(
+            f"evaluated after step {step}: top-1 {scores['top1']:.2%}, loss {scores['loss']:.4f}, {scores['images']} images"
+        )
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence and keep it in log.txt."""
+        print(sentence, flush=True)
+        self._log.write(sentence + "\n")
+
+    def close(self) -> None:
+        self._board.close()
+        self._file.close()
+        self._log.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(line)) + "\n")
+
+    def _sentence(self, line: dict[str, Any], now_s: float) -> str:
+        done = line["step"] - self._started_step
+        rest_s = (self.total_steps - line["step"]) * (now_s - self._started_at_s) / max(1, done)
+        wait = line["data_wait_s"] / line["step_s"] if line["step_s"] else 0.0
+        parts = [
+            f"step {line['step']}/{self.total_steps}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['lr']:.2e}",
+            f"gn {line['grad_norm']:.2f}",
+            f"{line['images_per_s']:.0f} img/s",
+            *([f"mfu {line['mfu']:.1%}"] if line["mfu"] is not None else []),
+            f"data {wait:.1%}",
+            *([f"skipped {line['skipped']}"] if line["skipped"] else []),
+            *([f"top-1 {self._top1:.2%}"] if self._top1 is not None else []),
+            f"ETA {in_words(rest_s)}",
+        ]
+        return "  ".join(parts)
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """Non-finite numbers as text: JSON has no word for them."""
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a torn last line, left by a kill, is ignored."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def drop_lines_past(path: Path, step: int) -> None:
+    """Rewrite the file without the lines of later steps and without a torn last line."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def complain(sentence: str) -> None:
+    """Print a sentence about trouble to stderr."""
+    print(sentence, file=sys.stderr, flush=True)

@@ -1,0 +1,137 @@
+"""The run directory: everything one training has written, and whether a command may continue it.
+
+RUN/
+  config.json  ds_config.json       as resolved
+  provenance/attempt-NNN.json       command, versions, hosts, what differed from the last attempt
+  metrics.jsonl  tensorboard/  log.txt  status.json
+  checkpoints/step-00001200/
+  FINISHED.json                     the marker of a finished run, written last
+"""
+
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitscale.base.cluster import Cluster
+from vitscale.base.errors import HostFault, UsageError
+from vitscale.base.files import read_json, write_bytes, write_json
+from vitscale.config import Config, Kind, from_record, kind_of, to_record
+from vitscale.ds_config import DsConfig
+from vitscale.training.engine import barrier, deepspeed, from_all_ranks, from_rank_zero
+
+CONFIG = "config.json"
+FINISHED = "FINISHED.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One setting that the command and the stored run do not agree on."""
+
+    key: str
+    kind: Kind
+    stored: Any
+    wanted: Any
+
+
+def stored_config(run: Path) -> Config | None:
+    """The configuration of an existing run, or None where there is no run yet."""
+    path = run / CONFIG
+    return from_record(read_json(path), origin=str(path)) if path.exists() else None
+
+
+def differences(stored: Config, wanted: Config) -> list[Difference]:
+    """Every setting with two values, in the order of the tree. Pure."""
+    before, now = to_record(stored), to_record(wanted)
+    found = []
+    for section in before:
+        if not isinstance(before[section], dict):
+            pairs = [(section, before[section], now[section])]
+        else:
+            pairs = [(f"{section}.{name}", value, now[section][name]) for name, value in before[section].items()]
+        found += [Difference(key=key, kind=kind_of(key), stored=a, wanted=b) for key, a, b in pairs if a != b]
+    return found
+
+
+def refuse_result_changes(run: Path, found: list[Difference]) -> None:
+    """Raise UsageError when a setting that changes the result differs from the run's own."""
+    changed = [d for d in found if d.kind == "result"]
+    if changed:
+        named = "; ".join(f"{d.key} is {d.stored!r} in the run, {d.wanted!r} in the command" for d in changed)
+        raise UsageError(
+            f"{run} was started with another configuration: {named}; give the same settings to continue it, "
+            "or another --run directory to start a new run"
+        )
+
+
+def require_shared_directory(run: Path, cluster: Cluster) -> None:
+    """Raise HostFault on the hosts that do not see what rank 0 writes into the run directory. Collective."""
+    nonce = from_rank_zero(uuid.uuid4().hex)
+    path = run / ".nonce"
+    if cluster.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, nonce.encode())
+    barrier()
+    sees = path.is_file() and path.read_text() == nonce
+    blind = [host for host, good in from_all_ranks((cluster.host, sees)) if not good]
+    if cluster.rank == 0:
+        path.unlink()
+    if not sees:
+        raise HostFault(
+            f"host {cluster.host} does not see the run directory {run.resolve()} that rank 0 writes to; "
+            "put --run on a file system shared by all hosts"
+        )
+    if blind:
+        raise HostFault(f"hosts {', '.join(sorted(set(blind)))} do not see the run directory {run.resolve()}")
+
+
+def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, followed: list[Difference]) -> None:
+    """Record what this start runs with. Collective; rank 0 writes."""
+    hosts = from_all_ranks(cluster.host)
+    if cluster.rank == 0:
+        provenance = run / "provenance"
+        provenance.mkdir(exist_ok=True)
+        number = 1 + len(list(provenance.glob("attempt-*.json")))
+        write_json(
+            provenance / f"attempt-{number:03d}.json",
+            {
+                "command": sys.argv,
+                "started_at_unix_s": time.time(),
+                "launcher": cluster.launcher,
+                "world": cluster.world,
+                "hosts": hosts,
+                "threads": torch.get_num_threads(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "deepspeed": deepspeed.__version__,
+                },
+                "code_revision": _code_revision(),
+                "data": {"train": config.data.fingerprint, "eval": config.data.eval_fingerprint},
+                "followed_the_command": [vars(d) for d in followed],
+            },
+        )
+        write_json(run / CONFIG, to_record(config))
+        write_json(run / "ds_config.json", ds.record)
+    barrier()
+
+
+def _code_revision() -> str | None:
+    """Commit of the source tree, with + where it has local changes; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        ask = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def mark_finished(run: Path, record: dict[str, Any]) -> None:
+    """Write FINISHED.json, the last file of a run. Rank 0 only."""
+    write_json(run / FINISHED, record)

@@ -1,0 +1,130 @@
+"""The loop and nothing else. What a step means lives in the engine, the objective and the stream."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vitscale.base.faults import fault_point
+from vitscale.evaluation.classification import Scores
+from vitscale.training.checkpoint import TrainState
+from vitscale.training.engine import Engine
+from vitscale.training.metrics import Metrics
+from vitscale.training.objective import Objective
+
+
+class MicroBatch(Protocol):
+    """What a training stream yields."""
+
+    images_BHWC: Tensor
+    labels_B: Tensor
+    samples_hash: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The steps of a run, all lengths already converted."""
+
+    total_steps: int
+    global_batch: int
+    log_every_steps: int
+    eval_every_steps: int
+    save_every_steps: int
+    flops_per_image: float
+    """Model FLOPs of forward and backward, without recomputation."""
+    peak_flops: float | None
+    """Of one device; None where unknown."""
+
+
+def train(
+    state: TrainState,
+    *,
+    plan: Plan,
+    engine: Engine,
+    objective: Objective,
+    stream: Iterator[MicroBatch],
+    lr_at_step: Callable[[int], float],
+    evaluate: Callable[[], Scores] | None,
+    save: Callable[[TrainState], None],
+    metrics: Metrics | None,
+) -> None:
+    """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
+    engine.train()
+    while state.step < plan.total_steps:
+        meter = _Meter(engine)
+        lr = lr_at_step(state.step)
+        engine.set_lr(lr)
+        for _ in range(engine.accumulation_steps):
+            batch = meter.next_of(stream)
+            loss = objective(engine, batch.images_BHWC, batch.labels_B)
+            meter.add(loss, batch)
+            engine.backward_and_maybe_step(loss)
+        state.step += 1
+        state.position += plan.global_batch
+        state.images_seen += plan.global_batch
+        state.skipped += engine.last_step_skipped
+        fault_point("step.end", rank=engine.rank, step=state.step)
+        if due(state.step, plan.log_every_steps, plan.total_steps):
+            line = meter.line(state, plan, lr)
+            if metrics is not None:
+                metrics.log_step(line)
+        if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
+            scores = evaluate()
+            engine.train()
+            if metrics is not None:
+                metrics.log_eval(state.step, scores.as_record())
+        if due(state.step, plan.save_every_steps, plan.total_steps):
+            save(state)
+
+
+def due(step: int, every_steps: int, total_steps: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now. 0: only after the last."""
+    return step == total_steps or (every_steps > 0 and step % every_steps == 0)
+
+
+class _Meter:
+    """What one step took and gave, on this rank; summed over the ranks when the step is logged."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.started_s = time.perf_counter()
+        self.data_wait_s = 0.0
+        self.samples_hash = 0
+        self.losses: list[Tensor] = []
+
+    def next_of(self, stream: Iterator[MicroBatch]) -> MicroBatch:
+        before_s = time.perf_counter()
+        batch = next(stream)
+        self.data_wait_s += time.perf_counter() - before_s
+        return batch
+
+    def add(self, loss: Tensor, batch: MicroBatch) -> None:
+        self.losses.append(loss.detach())  # stays on the device: reading it here would wait for the forward pass
+        self.samples_hash += batch.samples_hash
+
+    def line(self, state: TrainState, plan: Plan, lr: float) -> dict[str, float | int | str | None]:
+        """One line of metrics.jsonl. Collective, and waits for the device."""
+        engine = self.engine
+        mean_loss = torch.stack(self.losses).double().mean().item()
+        loss_sum, wait_sum = engine.sum_over_ranks([mean_loss, self.data_wait_s])
+        step_s = time.perf_counter() - self.started_s
+        images_per_s = plan.global_batch / step_s
+        peak = plan.peak_flops * engine.world if plan.peak_flops else None
+        return {
+            "step": state.step,
+            "images_seen": state.images_seen,
+            "loss": loss_sum / engine.world,
+            "lr": lr,
+            "grad_norm": engine.grad_norm(),
+            "images_per_s": images_per_s,
+            "mfu": images_per_s * plan.flops_per_image / peak if peak else None,
+            "data_wait_s": wait_sum / engine.world,
+            "step_s": step_s,
+            "samples_hash": f"{engine.sum_modulo_2_64(self.samples_hash % (1 << 64)):016x}",
+            "skipped": state.skipped,
+            "bad_images": 0,
+            "at_unix_s": time.time(),
+        }
