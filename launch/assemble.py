@@ -66,8 +66,8 @@ class Job:
     keep_every_steps: int
     followed: list[Difference]
     """Machine and watching settings that differ from the stored run."""
-    initial: Weights | None
-    """Weights a fine-tuning starts from."""
+    source: str | None
+    """Weights a fine-tuning starts from, as `load_weights_of` takes them."""
 
 
 def open_datasets(config: Config, *, run: Path, cluster: Cluster) -> tuple[Config, Manifest, Manifest | None]:
@@ -164,7 +164,8 @@ def carry_out(job: Job) -> None:
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
     begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
 
-    engine = make_engine(config, job.ds, initial=None if saved else job.initial, device=device)
+    initial = load_weights_of(job.source) if job.source is not None and saved is None else None
+    engine = make_engine(config, job.ds, initial=initial, device=device)
     state = load_checkpoint(engine, saved) if saved else TrainState()
     metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
     if metrics is not None:
@@ -276,6 +277,7 @@ def load_weights_of(text: str) -> Weights:
         "source": str(run.resolve()),
         "step": str(record["state"]["step"]),
         "classes": json.dumps(record["data"]["classes"]),
+        "eval_crop": str(config.augment.eval_crop),
     }
     return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.assemble import Job, carry_out, make_plan, open_datasets
+from launch.assemble import Job, carry_out, identity_of, make_plan, open_datasets
 from vitscale.base.arguments import Parser
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
@@ -17,7 +17,6 @@ from vitscale.ds_config import read_ds_config, resolve_ds_config
 from vitscale.model.flops import forward_flops, parameters
 from vitscale.recipes.catalog import recipe_named
 from vitscale.training.rundir import FINISHED, differences, refuse_result_changes, stored_config
-from vitscale.weights.native import Weights
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
 
@@ -43,11 +42,11 @@ def run_training(
     *,
     default_recipe: str,
     adapt: Callable[[Config], Config] = lambda config: config,
-    initial: Callable[[], Weights] | None = None,
+    source: str | None = None,
 ) -> None:
     """From parsed flags to a finished run.
 
-    `adapt` changes a fresh recipe before the overrides apply (fine-tuning puts its model there); `initial` reads the
+    `adapt` changes a fresh recipe before the overrides apply (fine-tuning puts its model there); `source` names the
     weights to start from.
     """
     cluster = resolve_cluster(os.environ)
@@ -71,6 +70,9 @@ def run_training(
     ds_overrides = [text.removeprefix("ds.") for text in args.overrides if text.startswith("ds.")]
     config = apply_overrides(config, [text for text in args.overrides if not text.startswith("ds.")])
     config = _with_paths(config, args)
+    if source is not None:
+        origin = dataclasses.replace(config.train, init_weights=source, init_sha256=identity_of(source))
+        config = dataclasses.replace(config, train=origin)
     ds = resolve_ds_config(read_ds_config(args.deepspeed_config, ds_overrides), config=config, world=cluster.world)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +93,7 @@ def run_training(
         warmup_steps=warmup_steps,
         keep_every_steps=keep_every_steps,
         followed=found,
-        initial=None,
+        source=source,
     )
     if cluster.rank == 0:
         print(derived_table(job), flush=True)
@@ -101,7 +103,7 @@ def run_training(
         if cluster.rank == 0:
             print(f"{run} is finished: {read_json(run / FINISHED)}; nothing to do", flush=True)
         return
-    carry_out(dataclasses.replace(job, initial=initial() if initial is not None else None))
+    carry_out(job)
 
 
 def _with_paths(config: Config, args: Namespace) -> Config:
@@ -123,7 +125,7 @@ def derived_table(job: Job) -> str:
         ("recipe", f"{config.recipe} -> {job.run}"),
         (
             "model",
-            f"ViT width {model.width} depth {model.depth} heads {model.heads} patch {model.patch_size} at {model.image_size} px, "
+            f"ViT width {model.width} depth {model.depth} heads {model.heads} patch {model.patch_size} at {model.image_size} px "
             f"{model.norm}-norm: {parameters(model):,} parameters, {model.tokens} tokens, "
             f"{forward_flops(model) / 1e9:.3g} GFLOP forward per image",
         ),
@@ -138,7 +140,7 @@ def derived_table(job: Job) -> str:
         ),
         (
             "length",
-            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} steps to lr {config.optim.peak_lr:g}",
+            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} steps to lr {config.optim.peak_lr}",
         ),
         ("machine", f"ZeRO stage {ds.stage}, {ds.mechanism}, recomputing {recompute}"),
         (

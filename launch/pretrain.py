@@ -1,4 +1,4 @@
-"""Pretrain a Vision Transformer: `deepspeed launch/pretrain.py`. Without arguments: the embedded digits, in minutes on a CPU."""
+"""Pretrain a Vision Transformer: `deepspeed launch/pretrain.py`; without arguments the embedded digits, in minutes."""
 
 from launch.command import run_training, training_parser
 from vitscale.base.errors import run_main

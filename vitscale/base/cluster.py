@@ -11,6 +11,7 @@ none          nothing: a world of one
 A complete RANK set wins over SLURM_*, because torchrun inside srun shows both.
 """
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -33,6 +34,10 @@ class Cluster:
     master_port: int
     launcher: str
     host: str
+
+    def threads(self) -> int:
+        """Threads each rank may use: cores / local ranks. Fixed, because the number of threads changes the bits of a sum."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
 
     def environment(self) -> dict[str, str]:
         """The variables torch.distributed and DeepSpeed read; set before the process group is made."""

@@ -39,11 +39,10 @@ PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 def start_ranks(cluster: Cluster) -> torch.device:
     """Join the process group (also in a world of one) and return the device of this rank.
 
-    Sets the thread count to cores / local ranks, because the number of threads changes the bits of a sum: the same
-    command must find the same number whatever the launcher did.
+    Sets the thread count itself: torchrun sets 1, deepspeed sets nothing.
     """
     os.environ.update(cluster.environment())
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // cluster.local_world))
+    torch.set_num_threads(cluster.threads())
     if torch.cuda.is_available():
         device = torch.device("cuda", cluster.local_rank)
         torch.cuda.set_device(device)
