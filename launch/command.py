@@ -125,8 +125,8 @@ def derived_table(job: Job) -> str:
         ("recipe", f"{config.recipe} -> {job.run}"),
         (
             "model",
-            f"ViT width {model.width} depth {model.depth} heads {model.heads} patch {model.patch_size} at {model.image_size} px "
-            f"{model.norm}-norm: {parameters(model):,} parameters, {model.tokens} tokens, "
+            f"ViT width {model.width} depth {model.depth} heads {model.heads} patch {model.patch_size} on {model.image_size} px"
+            f", {model.norm}-norm: {parameters(model):,} parameters, {model.tokens} tokens, "
             f"{forward_flops(model) / 1e9:.3g} GFLOP forward per image",
         ),
         (
@@ -140,7 +140,7 @@ def derived_table(job: Job) -> str:
         ),
         (
             "length",
-            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} steps to lr {config.optim.peak_lr}",
+            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} to lr {config.optim.peak_lr}",
         ),
         ("machine", f"ZeRO stage {ds.stage}, {ds.mechanism}, recomputing {recompute}"),
         (
