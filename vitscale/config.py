@@ -15,12 +15,13 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data_pipeline.config import AugmentConfig, DataConfig
 from vitscale.base.errors import UsageError, nearest
 
 Kind = Literal["result", "machine", "watching"]
+T = TypeVar("T")
 
 
 def watching(default: Any) -> Any:
@@ -44,6 +45,8 @@ class ModelConfig:
     channels: int = 3
     norm: Literal["pre", "post"] = "pre"
     """post: LayerNorm(z + f(z)) and no final norm, the seed to the letter; pre: the papers and all public weights."""
+    projection_bias: bool = True
+    """Bias on the linear maps the seed writes without one: E, W_Q, W_K, W_V and W_O. False: the seed to the letter."""
     position: Literal["learned", "sinusoidal"] = "learned"
     norm_eps: float = 1e-6
     """Epsilon of LayerNorm (Flax and timm: 1e-6; torch's own default is 1e-5)."""
@@ -264,9 +267,18 @@ def to_record(config: Config) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any], *, origin: str = "") -> Config:
     """Decode strictly; unknown, missing or ill-typed keys raise UsageError. `origin` names the file in the message."""
+    return _decode_strictly(Config, record, "", origin=origin)
+
+
+def model_from_record(record: dict[str, Any], *, origin: str = "") -> ModelConfig:
+    """Decode the section `model` alone, as stored beside weights; errors as in from_record."""
+    return _decode_strictly(ModelConfig, record, "model", origin=origin)
+
+
+def _decode_strictly(cls: type[T], record: Any, path: str, *, origin: str) -> T:
     place = f"{origin}: " if origin else ""
     try:
-        return typing.cast(Config, _decode(Config, record, ""))
+        return typing.cast(T, _decode(cls, record, path))
     except ValueError as error:
         raise UsageError(f"{place}{error}") from None
 
