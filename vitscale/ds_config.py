@@ -221,6 +221,9 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     engine = {key: value for key, value in record.items() if key not in ("vitscale", "activation_checkpointing")}
+    if stage == 0:
+        # The engine clips there itself, after its own check for non-finite gradients: DeepSpeed has none at stage 0.
+        engine["gradient_clipping"] = 0.0
     return DsConfig(
         engine=engine,
         record=record,

@@ -10,6 +10,7 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.ERROR)
+# DeepSpeed 0.19.8 calls collectives by the names torch 2.13 is about to drop; it works, and users cannot change it.
+warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -96,6 +99,7 @@ class Engine:
         self.accumulation_steps = ds.accumulation
         self.last_step_skipped = False
         self._grad_norm: Any = None
+        self.clip = ds.record["gradient_clipping"]
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=None, config=ds.engine, dist_init_required=False
         )
@@ -139,21 +143,24 @@ class Engine:
         self._engine.backward(loss)
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         if is_boundary and self.ds.stage == 0:
-            self._check_gradients_at_stage_0()
+            self._clip_or_skip_at_stage_0()
         self._engine.step()
         if is_boundary and self.ds.stage > 0:
             self.last_step_skipped = not self._engine.was_step_applied()
             self._grad_norm = self._engine.get_global_grad_norm()
 
-    def _check_gradients_at_stage_0(self) -> None:
+    def _clip_or_skip_at_stage_0(self) -> None:
         """DeepSpeed does not look at gradients at stage 0. They are reduced already, so all ranks see the same norm."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self.last_step_skipped = not bool(torch.isfinite(self._grad_norm))
+        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._grad_norm = norm
+        self.last_step_skipped = not bool(torch.isfinite(norm))
         if self.last_step_skipped:
             # Without gradients AdamW touches neither parameters nor counters.
-            for parameter in self._engine.module.parameters():
+            for parameter in parameters:
                 parameter.grad = None
+        elif self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping. Waits for the device."""
