@@ -85,8 +85,9 @@ def decode_full(content: bytes, *, max_pixels: int) -> np.ndarray:
 def decode(content: bytes) -> np.ndarray:
     """The image, for training: bytes that passed `decode_full` once. Raises BadImage.
 
-    JPEGs take libjpeg's fast integer transform and plain chroma upsampling: about 10 % more images per second for
-    differences far below those of JPEG itself. Both are integer arithmetic: equal bytes give equal pixels.
+    JPEGs take libjpeg's fast transform and plain chroma upsampling: a tenth of the time less, for 0.3 grey levels on top
+    of the 2 to 4 that JPEG itself loses (photographs of 32 to 400 pixels at quality 90). Both are integer arithmetic:
+    equal bytes give equal pixels.
     """
     image_format = _format_of(content)
     return _decode_jpeg(content, fast=True) if image_format == "jpg" else _decode_by_pillow(content, image_format)
@@ -187,7 +188,7 @@ def _is_cut(content: bytes, image_format: Format) -> bool:
     if image_format == "jpg":
         return not content.rstrip(b"\0").endswith(_JPEG_END)
     if image_format == "png":
-        return _PNG_END not in content[-4096:]
+        return _PNG_END not in content
     return len(content) < 8 + int.from_bytes(content[4:8], "little")
 
 

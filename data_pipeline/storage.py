@@ -74,7 +74,9 @@ class LocalStorage:
 
     def _damage(self, shard: int, key: bytes, what: str) -> HostFault:
         verify = f"python launch/inspect_shards.py verify {self._manifest.directory}"
-        return HostFault(f"{self.name(shard, key)} is damaged: {what}; restore the shard from a copy (`{verify}` lists all damage)")
+        return HostFault(
+            f"{self.name(shard, key)} is damaged: {what}; restore the shard from a copy (`{verify}` lists all damage)"
+        )
 
     def _index(self, shard: int) -> ShardIndex:
         index = self._indexes.get(shard)
