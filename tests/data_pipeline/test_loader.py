@@ -1,6 +1,7 @@
 """Laws of the stream: the same images, pixels and hashes on any ranks, workers and micro-batches, from any start."""
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -189,7 +190,7 @@ def evaluate(manifest: Manifest, *, rank: int, world: int, workers: int = 0, mic
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 100])
 def test_evaluation_counts_each_image_once_in_order_with_equal_work_for_all_ranks(manifest, world):
     ranks = [evaluate(manifest, rank=rank, world=world) for rank in range(world)]
-    assert {len(rank) for rank in ranks} == {-(-(-(-IMAGES // world)) // 5)}
+    assert {len(rank) for rank in ranks} == {math.ceil(math.ceil(IMAGES / world) / 5)}
     assert {batch.images_BHWC.shape for rank in ranks for batch in rank} == {(5, 8, 8, 3)}
     labels = [batch.labels_B[batch.counted_B].tolist() for rank in ranks for batch in rank]
     assert [label for batch in labels for label in batch] == list(range(IMAGES))

@@ -179,5 +179,30 @@ def test_what_cannot_be_ordered_is_refused_in_one_sentence():
         Order([0, 0], seed=0, lanes=1, window=1)
     with pytest.raises(UsageError, match=r"from 0 to 2\^64 - 1, got -1"):
         Order([1], seed=-1, lanes=1, window=1)
-    with pytest.raises(UsageError, match="at most 50,000,000 images, got 50,000,001; use data.window=4096"):
+    with pytest.raises(UsageError, match=r"at most 50,000,000 images, got 50,000,001; use data\.window=4096"):
         Order([FULL_IMAGES_MAX, 1], seed=0, lanes=1, window="full")
+
+
+def test_the_written_definition_gives_the_same_order():
+    """docs/formats.md, section Order, step by step in plain integers."""
+
+    def raw(purpose: int, a: int, b: int, c: int, count: int) -> list[int]:
+        key, counter = seed | purpose << 64, (a << 64) | (b << 128) | (c << 192)
+        return [int(x) for x in np.random.Philox(key=key, counter=counter).random_raw(count)]
+
+    def perm(values: list[int]) -> list[int]:
+        return sorted(range(len(values)), key=values.__getitem__)
+
+    seed, lanes, window, images = 6, 2, 16, sum(UNEVEN)
+    found = images_of(Order(UNEVEN, seed=seed, lanes=128, window=window), np.arange(2 * images))
+    for position in range(0, 2 * images, 5):
+        epoch, q = divmod(position, images)
+        row, lane = divmod(q, lanes)
+        line = [(s, i) for s in perm(raw(1, epoch, 0, 0, len(UNEVEN))) for i in range(UNEVEN[s])]
+        start = lane * (images // lanes) + min(lane, images % lanes)
+        rows_of_lane = images // lanes + (lane < images % lanes)
+        offset = raw(2, epoch, 0, 0, lanes)[lane] % window
+        w = (row + offset) // window
+        first, end = max(0, w * window - offset), min(rows_of_lane, (w + 1) * window - offset)
+        shown = first + perm(raw(3, w, lane, epoch, end - first))[row - first]
+        assert found[position] == line[start + shown]
