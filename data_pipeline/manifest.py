@@ -148,7 +148,9 @@ def read_index(manifest: Manifest, shard: int) -> ShardIndex:
     path = manifest.directory / f"{record.name}.parquet"
     columns = ["key", "image_offset", "image_size", "label", "image_xxh3"]
     try:
-        table = pq.read_table(path, columns=columns)
+        # In the calling thread: data workers are forked, and pq.read_table would start threads in each of them.
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise EnvironmentFault(f"the index {path} cannot be read ({error}); restore it from a copy or rebuild") from None
     if table.num_rows != record.images:

@@ -1,0 +1,1 @@
+"""Tests mirror the packages; `helpers` makes the data they need."""

@@ -1,0 +1,125 @@
+"""Laws of reading: the bytes of the index or an error that says where; bounded memory; safe in other processes."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from data_pipeline import storage
+from data_pipeline.decode import encode_png
+from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import LocalStorage, check_files
+from tests.helpers.shards import numbered_images, numbered_labels, write_dataset
+from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
+
+SIZES = [3, 1, 4, 2]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    images = numbered_images(SIZES)
+    return write_dataset(tmp_path / "set", images, numbered_labels(SIZES), []), images
+
+
+def test_every_row_gives_its_key_its_label_and_its_bytes(dataset):
+    manifest, images = dataset
+    store = LocalStorage(manifest)
+    number = 0
+    for shard, pictures in enumerate(images):
+        for row, picture in enumerate(pictures):
+            stored = store.read(shard, row)
+            assert (stored.key, stored.label) == (f"{number:09d}".encode(), number)
+            assert stored.content == encode_png(picture)
+            number += 1
+
+
+def test_one_flipped_bit_is_named_before_anything_decodes_it(dataset):
+    manifest, _ = dataset
+    tar = manifest.directory / "train-000002.tar"
+    content = bytearray(tar.read_bytes())
+    content[512 + 100] ^= 1  # in the first image, behind its header
+    tar.write_bytes(content)
+    store = LocalStorage(manifest)
+    with pytest.raises(HostFault) as caught:
+        store.read(2, 0)
+    message = str(caught.value)
+    assert "image 000000004 of shard train-000002 in " + str(manifest.directory) in message
+    assert f"python launch/inspect_shards.py verify {manifest.directory}" in message
+    assert caught.value.exit_code == 3 and caught.value.every_rank_speaks
+    assert store.read(2, 1).key == b"000000005"  # the others are whole
+
+
+def test_a_file_that_ends_early_is_damage(dataset):
+    manifest, _ = dataset
+    tar = manifest.directory / "train-000000.tar"
+    os.truncate(tar, 600)
+    with pytest.raises(HostFault, match=r"image 000000000 .* expected \d+ bytes of image, the file ends after 88"):
+        LocalStorage(manifest).read(0, 0)
+
+
+def test_a_missing_tar_or_index_speaks_from_every_rank(dataset):
+    manifest, _ = dataset
+    (manifest.directory / "train-000001.tar").unlink()
+    with pytest.raises(HostFault, match=r"train-000001\.tar, got: No such file"):
+        LocalStorage(manifest).read(1, 0)
+    (manifest.directory / "train-000003.parquet").unlink()
+    with pytest.raises(HostFault, match=r"train-000003\.parquet"):
+        LocalStorage(manifest).read(3, 0)
+
+
+def test_a_failing_file_system_is_transient(dataset, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(TransientFault, match=r"train-000000\.tar failed .*Input/output error") as caught:
+        LocalStorage(dataset[0]).read(0, 0)
+    assert caught.value.exit_code == 75
+
+
+def test_a_read_that_comes_in_pieces_is_put_together(dataset, monkeypatch):
+    whole = LocalStorage(dataset[0]).read(2, 3)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 50), offset))
+    assert LocalStorage(dataset[0]).read(2, 3) == whole
+
+
+def test_indexes_and_open_files_stay_bounded(dataset, monkeypatch):
+    monkeypatch.setattr(storage, "INDEX_ROWS_KEPT", 5)
+    monkeypatch.setattr(storage, "FILES_KEPT", 2)
+    loads = []
+    monkeypatch.setattr(storage, "read_index", lambda m, shard, read=storage.read_index: loads.append(shard) or read(m, shard))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    store = LocalStorage(dataset[0])
+    keys = [store.read(shard, 0).key for shard in (0, 1, 0, 2, 2, 0, 3, 1)]
+    assert [int(key) for key in keys] == [0, 3, 0, 4, 4, 0, 8, 3]
+    assert loads == [0, 1, 2, 0, 3, 1]  # 0 and 1 fit; 2 drives both out; then 0 drives out 2; 0, 3 fit; 1 drives nothing new
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 2
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert store.read(0, 0).key == b"000000000"
+
+
+def test_a_copy_in_another_process_opens_its_own_files(dataset):
+    store = LocalStorage(dataset[0])
+    before = store.read(2, 0)
+    packed = pickle.dumps(store)
+    assert pickle.loads(packed).read(2, 0) == before  # noqa: S301 our own bytes
+
+
+def test_check_files_passes_a_whole_dataset_and_names_the_first_file_that_fails(dataset):
+    manifest, _ = dataset
+    check_files(manifest)
+    os.truncate(manifest.directory / "train-000001.tar", 512)
+    (manifest.directory / "train-000002.parquet").unlink()
+    (manifest.directory / "train-000003.tar").unlink()
+    with pytest.raises(EnvironmentFault) as caught:
+        check_files(read_manifest(manifest.directory))
+    size = manifest.shards[1].tar_bytes
+    assert f"train-000001.tar has 512 bytes instead of {size}, and 2 more files like it" in str(caught.value)
+
+
+def test_labels_of_unlabelled_images_stay_minus_one(tmp_path):
+    manifest = write_dataset(tmp_path, [[np.zeros((4, 4, 3), np.uint8)]], [[-1]], [])
+    assert LocalStorage(manifest).read(0, 0).label == -1
