@@ -19,13 +19,11 @@ from data_pipeline.decode import BadImage, decode_full
 from data_pipeline.manifest import read_table, write_table
 from data_pipeline.plan import BAD, GOOD, UNREAD, candidates
 from data_pipeline.processes import run_tasks, watched
-from data_pipeline.source import Inputs, Source
+from data_pipeline.source import Inputs, Source, Unusable
 from vitscale.base.errors import BadDataError
 from vitscale.base.files import publish, xxh3_64
 
 PIECE_IMAGES = 1024
-# Reasons that speak of a file that never claimed to be an image of a class: no cause to stop a build.
-NOT_ASKED_FOR = ("not-an-image", "no-class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +97,13 @@ def scan_piece(setup: ScanSetup, piece: Piece) -> int:
     with open(os.devnull if setup.source.is_random_access else spill_temporary, "wb") as spill:
         contents = setup.source.read(piece.numbers.tolist(), piece.names)
         for name, content in zip(piece.names, contents, strict=True):
+            if isinstance(content, Unusable):
+                rows.append((0, 0, content.reason, content.detail))
+                continue
             try:
-                if isinstance(content, BadImage):
-                    raise content
                 decode_full(content, max_pixels=setup.config.max_pixels)
             except BadImage as bad:
-                if setup.config.on_bad == "stop" and bad.reason not in NOT_ASKED_FOR:
+                if setup.config.on_bad == "stop":
                     raise BadDataError(
                         f"{name} is a bad image ({bad.reason}: {bad.detail}) and --on-bad is stop; "
                         "repair it, or let the build reject it with --on-bad skip"

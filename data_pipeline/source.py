@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline.decode import BadImage, encode_png
+from data_pipeline.decode import encode_png
 from vitscale.base.errors import EnvironmentFault, UsageError, nearest
 
 KINDS = ("imagefolder", "parquet", "digits")
@@ -66,6 +66,15 @@ class Inputs:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unusable:
+    """Stands for the bytes of an input that is rejected before anybody decodes it."""
+
+    reason: str
+    """Short, for counting: not-an-image, no-class."""
+    detail: str
+
+
 class Source(ABC):
     """A sorted list of inputs. Instances travel to worker processes: they hold no open files."""
 
@@ -77,8 +86,8 @@ class Source(ABC):
         """The complete list, equal on every call while the source is unchanged."""
 
     @abstractmethod
-    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | BadImage]:
-        """Bytes of some inputs of one group, in ascending order; BadImage for an input that is no image by its record.
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | Unusable]:
+        """Bytes of some inputs of one group, in ascending order; Unusable where there are none to decode.
 
         A file that cannot be read at all raises OSError or EnvironmentFault: that is no verdict on the image.
         """
@@ -131,12 +140,12 @@ class FolderSource(Source):
             names=packed,
         )
 
-    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | BadImage]:
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | Unusable]:
         for name in names:
             if not _is_image_name(name):
-                yield BadImage("not-an-image", f"the ending {Path(name).suffix!r} is not one of an image")
+                yield Unusable(reason="not-an-image", detail=f"the ending {Path(name).suffix!r} is not one of an image")
             elif "/" not in name:
-                yield BadImage("no-class", "lies beside the class folders, not in one")
+                yield Unusable(reason="no-class", detail="lies beside the class folders, not in one")
             else:
                 yield (self.root / name).read_bytes()
 
@@ -202,12 +211,11 @@ class ParquetSource(Source):
             names=pa.concat_arrays(names),
         )
 
-    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | BadImage]:
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | Unusable]:
         group = bisect_right(self._starts, numbers[0]) - 1
         column = _image_bytes(*self._groups[group], self.image)
         for number in numbers:
-            content = column[number - self._starts[group]].as_py()
-            yield BadImage("empty", "the row holds no bytes") if content is None else content
+            yield column[number - self._starts[group]].as_py() or b""  # null: the row has no bytes
 
 
 class DigitsSource(Source):
@@ -232,7 +240,7 @@ class DigitsSource(Source):
             names=pa.array([f"digits:{index}" for index in kept], pa.large_string()),
         )
 
-    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | BadImage]:
+    def read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[bytes | Unusable]:
         scans, _ = _digit_scans()
         for number in numbers:
             yield encode_png(np.round(scans[number] * 255 / 16).astype(np.uint8))

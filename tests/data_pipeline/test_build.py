@@ -19,7 +19,7 @@ from vitscale.base.files import read_json, xxh3_64
 
 
 def picture(shade: int, *, kind: str = "JPEG") -> bytes:
-    pixels = np.random.default_rng(shade).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(shade).integers(0, 256, (8 + 9 * (shade % 7), 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
@@ -54,6 +54,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return build(tmp_path_factory.mktemp("digits"), "digits:train", shard_bytes=16_000)
 
 
+def test_digits_fill_many_shards(digits: Manifest) -> None:
+    assert len(digits.shards) >= 8
+
+
 def test_digits_split_by_every_fifth_scan(digits: Manifest, tmp_path: Path) -> None:
     held_out = build(tmp_path, "digits:eval")
     keys = [sorted(int(key) for key in all_rows(manifest)["key"]) for manifest in (digits, held_out)]
@@ -63,12 +67,15 @@ def test_digits_split_by_every_fifth_scan(digits: Manifest, tmp_path: Path) -> N
     assert digits.classes == held_out.classes == tuple("0123456789")
 
 
-def test_shards_by_bytes_are_uneven_and_within_the_limit(digits: Manifest) -> None:
-    sizes = [read_table(digits.directory / f"{shard.name}.parquet")["image_size"] for shard in digits.shards]
+def test_shards_by_bytes_are_uneven_and_within_the_limit(tmp_path: Path) -> None:
+    source = image_folder(tmp_path / "source", per_class=30)
+    out = tmp_path / "out"
+    manifest = build(out, f"imagefolder:{source}", shard_bytes=8_000)
+    sizes = [read_table(out / f"{shard.name}.parquet")["image_size"] for shard in manifest.shards]
     assert len(sizes) >= 8
     assert len({len(of_shard) for of_shard in sizes}) > 2
-    assert all(of_shard.sum() <= 16_000 for of_shard in sizes)
-    assert all(now.sum() + then[0] > 16_000 for now, then in itertools.pairwise(sizes))
+    assert all(of_shard.sum() <= 8_000 for of_shard in sizes)
+    assert all(now.sum() + then[0] > 8_000 for now, then in itertools.pairwise(sizes))
 
 
 def test_shards_by_count_leave_the_rest_to_the_last(tmp_path: Path) -> None:

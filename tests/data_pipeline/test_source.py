@@ -10,9 +10,9 @@ import pytest
 
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
-from data_pipeline.decode import BadImage, decode_full
+from data_pipeline.decode import decode_full
 from data_pipeline.manifest import read_table
-from data_pipeline.source import FolderSource, Inputs, ParquetSource, open_source
+from data_pipeline.source import FolderSource, Inputs, ParquetSource, Unusable, open_source
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import xxh3_64
 
@@ -63,7 +63,7 @@ def test_folder_lists_by_class_then_path(tmp_path: Path) -> None:
     assert inputs.labels.tolist() == [-1, 0, 0, 1, 1, 1, 2]
     assert inputs.numbers.tolist() == list(range(7))
     contents = list(source.read(inputs.numbers.tolist(), names_of(inputs)))
-    reasons = [content.reason if isinstance(content, BadImage) else "" for content in contents]
+    reasons = [content.reason if isinstance(content, Unusable) else "" for content in contents]
     assert reasons == ["no-class", "", "not-an-image", "", "", "", ""]
     assert contents[3] == b"b/1.PNG"
 
