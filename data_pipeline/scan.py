@@ -23,7 +23,9 @@ from data_pipeline.source import Inputs, Source, Unusable
 from vitscale.base.errors import BadDataError
 from vitscale.base.files import publish, xxh3_64
 
-PIECE_IMAGES = 1024
+# A piece is short enough to share among workers and to lose in a kill, and long enough for few files. It follows from
+# the number of inputs alone: another number of workers must find the pieces of the killed build.
+LEAST_PIECE, MOST_PIECE, PIECES = 64, 4096, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +143,10 @@ def _piece(piece: int, rows: np.ndarray, inputs: Inputs) -> Piece:
 
 
 def _runs(rows: np.ndarray, groups: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut rows where their group changes, and then into at most PIECE_IMAGES."""
+    """Cut rows where their group changes, and then into pieces of equal length."""
+    most = min(MOST_PIECE, max(LEAST_PIECE, len(rows) // PIECES))
     for together in np.split(rows, np.flatnonzero(np.diff(groups[rows])) + 1):
-        yield from np.split(together, range(PIECE_IMAGES, len(together), PIECE_IMAGES))
+        yield from np.split(together, range(most, len(together), most))
 
 
 def _take_over(scan: Scan, piece: int, rows: np.ndarray, table: dict[str, np.ndarray]) -> None:

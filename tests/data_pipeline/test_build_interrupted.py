@@ -11,7 +11,9 @@ import pytest
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
 from data_pipeline.manifest import MANIFEST, Manifest
-from vitscale.base.errors import ExitCode, UsageError
+from data_pipeline.source import DigitsSource
+from data_pipeline.workshop import claimed
+from vitscale.base.errors import EnvironmentFault, ExitCode, UsageError
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = BuildConfig(source="digits:eval", shard_bytes=None, shard_images=60)
@@ -39,19 +41,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files_of(out)
 
 
-def damage(out: Path, *, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the build as it is after the first `after` + 1 shards."""
-    monkeypatch.setenv("VITSCALE_FAULT", f"raise@build.shard:shard={after}")
+def stop_after(shard: int, *, out: Path, monkeypatch: pytest.MonkeyPatch, config: BuildConfig = CONFIG) -> None:
+    """Leave the build as it is when `shard` is complete."""
+    monkeypatch.setenv("VITSCALE_FAULT", f"raise@build.shard:shard={shard}")
     with pytest.raises(RuntimeError, match=r"build\.shard"):
-        build(out)
+        build(out, config=config)
     monkeypatch.delenv("VITSCALE_FAULT")
 
 
-def test_a_killed_build_continues_to_the_same_bytes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_build_killed_twice_continues_to_the_same_bytes(
+    tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed = command(tmp_path, workers=1, fault="kill@build.shard:shard=2")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / MANIFEST).exists()
     first = (tmp_path / "train-000000.tar").stat()
+    stop_after(4, out=tmp_path, monkeypatch=monkeypatch)
     build(tmp_path)
     assert files_of(tmp_path) == whole
     assert (tmp_path / "train-000000.tar").stat().st_mtime_ns == first.st_mtime_ns, "a finished shard is kept"
@@ -78,7 +83,7 @@ def test_a_killed_worker_is_a_transient_fault_and_the_build_continues(tmp_path: 
 def test_damaged_and_half_written_files_of_a_killed_build_are_replaced(
     tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damage(tmp_path, after=3, monkeypatch=monkeypatch)
+    stop_after(3, out=tmp_path, monkeypatch=monkeypatch)
     tar = tmp_path / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512] + b"x" * 512)
     (tmp_path / "train-000002.parquet").unlink()
@@ -89,7 +94,7 @@ def test_damaged_and_half_written_files_of_a_killed_build_are_replaced(
 
 
 def test_a_killed_build_refuses_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damage(tmp_path, after=1, monkeypatch=monkeypatch)
+    stop_after(1, out=tmp_path, monkeypatch=monkeypatch)
     before = files_of(tmp_path)
     with pytest.raises(UsageError, match=r"unfinished build begun with SOURCE=digits:eval, this command says SOURCE=digits:"):
         build(tmp_path, config=BuildConfig(source="digits:", shard_bytes=None, shard_images=60))
@@ -98,16 +103,13 @@ def test_a_killed_build_refuses_other_options(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("change", ["list", "bytes"])
 def test_a_killed_build_refuses_changed_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    png = dict(enumerate(_digit_pngs()))
+    png = [content for content in DigitsSource("").read(range(10), [""] * 10) if isinstance(content, bytes)]
     folder = tmp_path / "source" / "a"
     folder.mkdir(parents=True)
     for number in range(6):
         (folder / f"{number}.png").write_bytes(png[number])
     config = BuildConfig(source=f"imagefolder:{tmp_path / 'source'}", shard_bytes=None, shard_images=2)
-    monkeypatch.setenv("VITSCALE_FAULT", "raise@build.shard:shard=0")
-    with pytest.raises(RuntimeError, match=r"build\.shard"):
-        build(tmp_path / "out", config=config)
-    monkeypatch.delenv("VITSCALE_FAULT")
+    stop_after(0, out=tmp_path / "out", monkeypatch=monkeypatch, config=config)
     if change == "list":
         (folder / "6.png").write_bytes(png[6])
     else:
@@ -117,15 +119,6 @@ def test_a_killed_build_refuses_changed_inputs(tmp_path: Path, monkeypatch: pyte
         build(tmp_path / "out", config=config)
 
 
-def _digit_pngs() -> list[bytes]:
-    from data_pipeline.source import DigitsSource
-
-    return [content for content in DigitsSource("").read(range(10), [""] * 10) if isinstance(content, bytes)]
-
-
 def test_two_builds_never_share_a_directory(tmp_path: Path) -> None:
-    from data_pipeline.workshop import claimed
-    from vitscale.base.errors import EnvironmentFault
-
     with claimed(tmp_path), pytest.raises(EnvironmentFault, match="another build"), claimed(tmp_path):
         pass

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_digits
 
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
@@ -42,8 +43,6 @@ def digit_pngs(count: int) -> list[bytes]:
 
 
 def test_digits_scale_17_grey_levels_to_256() -> None:
-    from sklearn.datasets import load_digits
-
     scans = load_digits().images
     for number, content in enumerate(digit_pngs(20)):
         pixels = decode_full(content, max_pixels=64)
