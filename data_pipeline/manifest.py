@@ -10,6 +10,7 @@ DIR/
 The index of a shard is loaded on demand: memory does not grow with the dataset.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,27 @@ def read_index(manifest: Manifest, shard: int) -> ShardIndex:
         )
     numbers = {name: table[name].to_numpy() for name in columns[1:]}
     return ShardIndex(keys=np.array(table["key"].to_pylist(), dtype="S"), **numbers)
+
+
+def write_table(path: Path, columns: Mapping[str, Any], *, schema: pa.Schema | None = None) -> None:
+    """Write columns (arrays or lists of equal length) as a Parquet file, whole or not at all.
+
+    Equal columns give equal bytes under one version of pyarrow.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns), schema=schema), sink, compression="zstd")
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """Read all columns of a Parquet file; text becomes object arrays. Raises EnvironmentFault naming the file."""
+    try:
+        # Not pq.read_table: it takes a folder named `a=b` above the file for one more column.
+        with pq.ParquetFile(path) as file:
+            table = file.read(use_threads=False)
+    except FileNotFoundError:
+        raise EnvironmentFault(f"expected a file at {path}, found none") from None
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise EnvironmentFault(f"{path} cannot be read as Parquet ({reason}); restore it from a copy or rebuild") from None
+    return {name: table[name].to_numpy() for name in table.column_names}

@@ -1,0 +1,69 @@
+"""Laws of the plan: pure arithmetic that fixes every byte of a dataset."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.plan import BAD, GOOD, UNREAD, candidates, permutation, plan_hash, relabel, shard_bounds
+from vitscale.base.errors import UsageError
+
+
+def test_the_permutation_never_changes() -> None:
+    # Golden: datasets already built depend on these numbers.
+    assert permutation(12, seed=0).tolist() == [8, 10, 3, 11, 7, 6, 5, 1, 4, 0, 9, 2]
+    assert permutation(12, seed=1).tolist() == [8, 0, 7, 3, 10, 4, 6, 2, 1, 9, 11, 5]
+    assert sorted(permutation(1000, seed=3).tolist()) == list(range(1000))
+
+
+def test_bounds_by_bytes_cut_before_the_limit_is_passed() -> None:
+    sizes = np.array([4, 4, 4, 20, 1, 9, 1])
+    assert shard_bounds(sizes, shard_bytes=10, shard_images=None) == [0, 2, 3, 4, 6, 7]
+
+
+def test_bounds_by_count() -> None:
+    sizes = np.ones(50_000, np.int64)
+    bounds = shard_bounds(sizes, shard_bytes=None, shard_images=2400)
+    assert np.diff(bounds).tolist() == [2400] * 20 + [2000]
+    assert shard_bounds(sizes[:4800], shard_bytes=None, shard_images=2400) == [0, 2400, 4800]
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3, 100])
+def test_rounds_of_candidates_read_up_to_the_last_image_kept(per_class: int) -> None:
+    draw = np.random.default_rng(per_class)
+    labels, is_good = draw.integers(-1, 4, 200).astype(np.int32), draw.random(200) < 0.6
+    status = np.full(200, UNREAD, np.int8)
+    while len(rows := candidates(labels, status, per_class)):
+        status[rows] = np.where(is_good[rows], GOOD, BAD)
+    for label in range(-1, 4):
+        of_class = np.flatnonzero(labels == label)
+        kept = of_class[is_good[of_class]][:per_class]
+        last = kept[-1] if len(kept) == per_class else 200
+        assert np.flatnonzero((labels == label) & (status == GOOD)).tolist() == kept.tolist()
+        assert np.flatnonzero((labels == label) & (status != UNREAD)).tolist() == of_class[of_class <= last].tolist()
+
+
+def test_without_per_class_one_round_reads_all() -> None:
+    status = np.array([UNREAD, GOOD, UNREAD], np.int8)
+    assert candidates(np.zeros(3, np.int32), status, None).tolist() == [0, 2]
+
+
+def test_relabel_follows_the_order_asked_for() -> None:
+    rows, labels = relabel(np.array([0, 1, 2, -1, 2, 0], np.int32), ("ant", "bee", "cat"), ("cat", "ant"))
+    assert (rows.tolist(), labels.tolist()) == ([0, 2, 4, 5], [1, 0, 0, 1])
+
+
+@pytest.mark.parametrize(("wanted", "message"), [(("ant", "bees"), "did you mean 'bee'"), (("ant", "ant"), "twice")])
+def test_relabel_refuses_wrong_names(wanted: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        relabel(np.array([0, 1], np.int32), ("ant", "bee"), wanted)
+
+
+def test_the_plan_hash_covers_options_inputs_hashes_and_labels() -> None:
+    base = ({"seed": 0}, np.array([3, 5]), np.array([7, 8], np.uint64), np.array([0, 1], np.int32))
+    changed = [
+        ({"seed": 1}, *base[1:]),
+        (base[0], np.array([3, 6]), *base[2:]),
+        (*base[:2], np.array([7, 9], np.uint64), base[3]),
+        (*base[:3], np.array([1, 1], np.int32)),
+    ]
+    assert len({plan_hash(*arguments) for arguments in [base, *changed]}) == 5
+    assert plan_hash(*base) == plan_hash(*base)
