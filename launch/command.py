@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.assemble import Job, carry_out, identity_of, make_plan, open_datasets
+from launch.assemble import EMBEDDED, Job, carry_out, identity_of, make_plan, open_datasets
 from vitscale.base.arguments import Parser
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
@@ -108,11 +108,14 @@ def run_training(
 
 def _with_paths(config: Config, args: Namespace) -> Config:
     """--data and --eval-data as absolute paths, so that a resume may come from another working directory."""
-    paths = {}
-    for key, given in (("path", args.data), ("eval_path", args.eval_data)):
-        if given is not None:
-            paths[key] = given if given.startswith("digits:") else str(Path(given).resolve())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+
+    def absolute(given: str | None, known: str) -> str:
+        if given is None or given.startswith(EMBEDDED):
+            return given or known
+        return str(Path(given).resolve())
+
+    paths = absolute(args.data, config.data.path), absolute(args.eval_data, config.data.eval_path)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=paths[0], eval_path=paths[1]))
 
 
 def derived_table(job: Job) -> str:

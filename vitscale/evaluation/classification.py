@@ -14,9 +14,14 @@ from torch import Tensor
 class EvalBatch(Protocol):
     """What an evaluation stream yields."""
 
-    images_BHWC: Tensor
-    labels_B: Tensor
-    counted_B: Tensor
+    @property
+    def images_BHWC(self) -> Tensor: ...
+
+    @property
+    def labels_B(self) -> Tensor: ...
+
+    @property
+    def counted_B(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

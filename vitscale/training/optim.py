@@ -25,7 +25,8 @@ def make_optimizer(model: nn.Module, *, optim: OptimConfig) -> torch.optim.Optim
 
     AdamW is element-wise, so it may run on ZeRO's flat partitions.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decayed if decays(name, parameter) else plain).append(parameter)

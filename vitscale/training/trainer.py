@@ -19,9 +19,14 @@ from vitscale.training.objective import Objective
 class MicroBatch(Protocol):
     """What a training stream yields."""
 
-    images_BHWC: Tensor
-    labels_B: Tensor
-    samples_hash: int
+    @property
+    def images_BHWC(self) -> Tensor: ...
+
+    @property
+    def labels_B(self) -> Tensor: ...
+
+    @property
+    def samples_hash(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
