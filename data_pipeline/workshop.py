@@ -113,8 +113,11 @@ def keep_plan(out: Path, plan: dict[str, Any]) -> None:
 
 
 def options_of(config: BuildConfig) -> dict[str, Any]:
-    """The options as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The options as JSON gives them back. Of the source only kind and last name: the same images read from another
+    place are the same dataset."""
+    kind, _, place = config.source.partition(":")
+    options = dataclasses.asdict(config) | {"source": f"{kind}:{Path(place).name}"}
+    return json.loads(json.dumps(options))
 
 
 def _refuse_foreign(out: Path, manifest: Manifest) -> None:

@@ -7,8 +7,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.assemble import EMBEDDED, Job, carry_out, identity_of, make_plan, open_datasets
-from vitscale.base.arguments import Parser
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
 from vitscale.base.files import read_json
@@ -23,7 +23,9 @@ DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
 
 def training_parser(description: str) -> Parser:
     """The flags of pretrain.py and finetune.py; every setting is a `section.key=value` behind them."""
-    parser = Parser(description + "\n\nsettings: " + ", ".join(all_keys()) + ", ds.PATH (a key of ds_config.json)")
+    parser = Parser(
+        description=description, epilog="settings: " + ", ".join(all_keys()) + ", ds.PATH (a key of ds_config.json)"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
     parser.add_argument("--config", type=Path, metavar="FILE", help="start from a stored RUN/config.json")
     parser.add_argument("--data", metavar="DIR", help="training dataset, made by launch/build_shards.py")

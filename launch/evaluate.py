@@ -11,8 +11,8 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import eval_stream
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import check_files
+from launch.arguments import Parser
 from launch.assemble import load_weights_of
-from vitscale.base.arguments import Parser
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json
@@ -22,7 +22,7 @@ from vitscale.training.objective import Objective
 
 
 def main() -> None:
-    parser = Parser("Score trained weights: top-1, top-5 and loss over a whole dataset.")
+    parser = Parser(description="Score trained weights: top-1, top-5 and loss over a whole dataset.")
     parser.add_argument(
         "--from", dest="source", required=True, metavar="RUN|WEIGHTS", help="RUN, RUN@STEP or a .safetensors file"
     )

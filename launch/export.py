@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from launch.arguments import Parser
 from launch.assemble import load_weights_of
-from vitscale.base.arguments import Parser
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.files import sha256_file
 from vitscale.model.flops import parameters
@@ -16,7 +16,7 @@ CERTIFICATE_IMAGES = 8
 
 
 def main() -> None:
-    parser = Parser("Export the weights of a run to one file.")
+    parser = Parser(description="Export the weights of a run to one file.")
     parser.add_argument(
         "--from", dest="source", required=True, metavar="RUN[@STEP]", help="run to export; default: newest step"
     )
