@@ -54,7 +54,7 @@ def test_a_run_goes_on_without_its_flags_and_refuses_other_results(tmp_path):
     env = {"VITSCALE_FAULT": "kill@step.end:step=8"}
     start("pretrain", "--run", directory, *SMALL, *CADENCE, said=tmp_path / "a.txt", env=env).wait()
     said = run("pretrain", "--run", directory, "optim.peak_lr=0.5", said=tmp_path / "b.txt", code=2)
-    assert "optim.peak_lr is 0.002 in the run, 0.5 in the command" in said and "Traceback" not in said
+    assert "optim.peak_lr is 0.004 in the run, 0.5 in the command" in said and "Traceback" not in said
     said = run("pretrain", "--run", directory, "--recipe", "digits", said=tmp_path / "c.txt", code=2)
     assert "train.length is 24 in the run, '60ep' in the command" in said
     said = run("pretrain", "--run", directory, "data.workers=1", "run.eval_every=0", said=tmp_path / "d.txt")
