@@ -51,8 +51,15 @@ class Program:
         return self.said.read_text()
 
 
-def start(script: str, *arguments: str | Path, said: Path, world: int = 1, env: dict[str, str] | None = None) -> Program:
-    """Start launch/<script>.py with `world` ranks; returns at once."""
+def start(
+    script: str,
+    *arguments: str | Path,
+    said: Path,
+    world: int = 1,
+    env: dict[str, str] | None = None,
+    cores: int | None = None,
+) -> Program:
+    """Start launch/<script>.py with `world` ranks, each on its first `cores` cores if given; returns at once."""
     module = importlib.import_module(f"launch.{script}")
     port = free_port()
     pids = []
@@ -71,6 +78,8 @@ def start(script: str, *arguments: str | Path, said: Path, world: int = 1, env: 
                 if world > 1:
                     os.environ.update(cluster_of(rank, world, port).environment())
                 os.environ.update(env or {})
+                if cores is not None:
+                    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
                 run_main(module.main)
                 os._exit(0)
             except BaseException:
@@ -84,10 +93,16 @@ def start(script: str, *arguments: str | Path, said: Path, world: int = 1, env: 
 
 
 def run(
-    script: str, *arguments: str | Path, said: Path, world: int = 1, env: dict[str, str] | None = None, code: int = 0
+    script: str,
+    *arguments: str | Path,
+    said: Path,
+    world: int = 1,
+    env: dict[str, str] | None = None,
+    cores: int | None = None,
+    code: int = 0,
 ) -> str:
     """Run a script to its end; all ranks must leave with `code`. Returns what was said."""
-    program = start(script, *arguments, said=said, world=world, env=env)
+    program = start(script, *arguments, said=said, world=world, env=env, cores=cores)
     codes = program.wait()
     assert codes == [code] * world, f"exit codes {codes}, expected {code}:\n{program.text}"
     return program.text

@@ -1,0 +1,109 @@
+"""Every command of the README runs, in its order, in one directory with small stand-ins for the images it names.
+
+Left out are the two commands that make environments. Training is cut to three steps; cluster commands run as --dry-run,
+without their launcher.
+"""
+
+import io
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vitscale.base.files import read_json
+from vitscale.training.metrics import read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS_BY_LAUNCHER = {
+    "deepspeed": "runs/cifar10",
+    "torchrun": "runs/digits-torchrun",
+    "accelerate": "runs/digits-accelerate",
+    "none": "runs/digits-python",
+}
+
+
+def commands(text: str) -> list[str]:
+    """The lines of all sh blocks, without comments and without those that make an environment."""
+    lines: list[str] = []
+    for block in text.split("```sh\n")[1:]:
+        lines += block.split("```")[0].splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#") and "venv" not in line]
+
+
+def as_run(command: str) -> str:
+    """The command as this test runs it."""
+    if command.startswith(("srun", "deepspeed --hostfile")):
+        return "python launch/" + command.split("launch/", 1)[1] + " --dry-run --world 32"
+    is_training = any(script in command for script in ("launch/pretrain.py", "launch/finetune.py"))
+    if is_training and "--dry-run" not in command:
+        return command + " train.length=3 run.log_every=1"
+    return command
+
+
+def jpeg(seed: int, size: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, images: int) -> None:
+    """The layout of Hugging Face image datasets."""
+    rows = [{"bytes": jpeg(number, 32), "path": None} for number in range(images)]
+    pq.write_table(pa.table({"img": rows, "label": [number % 10 for number in range(images)]}), path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    base = tmp_path_factory.mktemp("readme")
+    for name in ("launch", "ds_config.json"):
+        (base / name).symlink_to(ROOT / name)
+    write_parquet(base / "cifar10-train.parquet", 150)
+    write_parquet(base / "cifar10-test.parquet", 40)
+    for number in range(24):
+        folder = base / "photos" / ("roses", "tulips", "daisies")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(jpeg(number, 40 + number))
+    return base
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(place):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    found = commands((ROOT / "README.md").read_text())
+    assert len(found) >= 15
+    for command in found:
+        done = subprocess.run(
+            shlex.split(as_run(command)), cwd=place, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{as_run(command)}\n{done.stdout}\n{done.stderr}"
+    for launcher, run in RUNS_BY_LAUNCHER.items():
+        assert read_json(place / run / "provenance" / "attempt-001.json")["launcher"] == launcher
+        assert read_json(place / run / "FINISHED.json")["step"] == 3
+    hashes = [
+        read_lines_of(place / run, "samples_hash")
+        for run in ("runs/digits-torchrun", "runs/digits-accelerate", "runs/digits-python")
+    ]
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def read_lines_of(run: Path, name: str) -> list:
+    return [line[name] for line in read_lines(run / "metrics.jsonl") if "eval" not in line]
+
+
+def test_the_ci_runs_the_test_command_of_the_readme():
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_command_that_is_wrong_is_noticed():
+    """The reader of the README finds commands, and leaves out only environments."""
+    text = "a\n```sh\n# note\npython launch/pretrain.py --nonsense\npython3 -m venv .venv && x\n```\nb\n```sh\nls\n```\n"
+    assert commands(text) == ["python launch/pretrain.py --nonsense", "ls"]
+    assert as_run("srun -n 4 python launch/pretrain.py --run a") == "python launch/pretrain.py --run a --dry-run --world 32"
