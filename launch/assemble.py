@@ -9,6 +9,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
 from data_pipeline.loader import eval_stream, train_stream
 from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
-from data_pipeline.order import ORDER_VERSION
+from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.storage import check_files
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
@@ -165,6 +166,12 @@ def carry_out(job: Job) -> None:
     begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
 
     initial = load_weights_of(job.source) if job.source is not None and saved is None else None
+    order = order_record(config, job.train_data)
+    if saved is not None and saved.data != order:
+        raise UsageError(
+            f"{saved.directory} stands in another order than this program would read: {saved.data} against {order}; "
+            "continue it with the version it was started with"
+        )
     engine = make_engine(config, job.ds, initial=initial, device=device)
     state = load_checkpoint(engine, saved) if saved else TrainState()
     metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
@@ -187,14 +194,6 @@ def carry_out(job: Job) -> None:
         world=job.cluster.world,
         position=state.position,
     )
-    order = {
-        "fingerprint": config.data.fingerprint,
-        "order_version": ORDER_VERSION,
-        "lanes": config.data.lanes,
-        "window": config.data.window,
-        "seed": config.train.seed,
-        "classes": list(job.train_data.classes),
-    }
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
@@ -236,6 +235,21 @@ def carry_out(job: Job) -> None:
         metrics.say(f"finished after {state.step} steps{result}; the run is in {job.run}")
         metrics.close()
     leave_ranks()
+
+
+def order_record(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What fixes the order of the images, besides the position: equal at every start of a run."""
+    order = Order(
+        [shard.images for shard in manifest.shards], seed=config.train.seed, lanes=config.data.lanes, window=config.data.window
+    )
+    return {
+        "fingerprint": manifest.fingerprint,
+        "order_version": ORDER_VERSION,
+        "lanes": order.lanes,
+        "window": order.window,
+        "seed": order.seed,
+        "classes": list(manifest.classes),
+    }
 
 
 def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device) -> Engine:
