@@ -6,6 +6,7 @@ into that sentence and an exit code; a traceback is only ever printed for a defe
 
 import difflib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -68,6 +69,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""What a shell calls a program ended by Ctrl-C."""
+
 # Launchers kill the other ranks as soon as one has ended. The ranks that stay silent wait this long, so that the
 # rank that speaks is never killed before its sentence is out.
 SILENT_RANK_WAIT_S = 10.0
@@ -84,6 +88,9 @@ def run_main(main: Callable[[], None]) -> None:
         else:
             time.sleep(SILENT_RANK_WAIT_S)
         _leave(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what was committed", file=sys.stderr, flush=True)
+        _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> None:
