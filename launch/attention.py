@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     paths = image_paths(given.images)
     weights = load_weights_of(given.source)
-    images = [read_view(path, image_size=weights.model.image_size) for path in paths]
+    images = [read_view(path, weights) for path in paths]
     try:
         given.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -71,10 +71,11 @@ def image_paths(given: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def read_view(path: Path, *, image_size: int) -> np.ndarray:
+def read_view(path: Path, weights: Weights) -> np.ndarray:
     """The image as evaluation sees it: image_size,image_size,3 of uint8."""
     try:
-        return eval_view(decode(path.read_bytes()), augment=AugmentConfig(), image_size=image_size)
+        augment = AugmentConfig(eval_crop=weights.eval_crop)
+        return eval_view(decode(path.read_bytes()), augment=augment, image_size=weights.model.image_size)
     except (BadImage, OSError) as error:
         raise EnvironmentFault(f"{path} cannot be read as an image ({error}); name another file") from None
 

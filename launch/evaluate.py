@@ -62,7 +62,7 @@ def main() -> None:
         eval_stream(
             manifest,
             data=DataConfig(workers=0),
-            augment=AugmentConfig(eval_crop=float(weights.meta["eval_crop"])),
+            augment=AugmentConfig(eval_crop=weights.eval_crop),
             image_size=weights.model.image_size,
             micro_batch=args.batch,
             rank=accelerator.process_index,

@@ -41,12 +41,18 @@ class Weights:
     tensors: dict[str, Tensor]
     """By parameter name; exactly those of VisionTransformer(model)."""
     meta: dict[str, str] = field(default_factory=dict)
-    """"classes": JSON list of class names, label 0 first; "run", "step": where the weights come from."""
+    """"classes": JSON list of class names, label 0 first; "eval_crop": as in augment.eval_crop; "source" (the run),
+    "step": where the weights come from."""
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, empty when none are known."""
         return tuple(json.loads(self.meta.get("classes", "[]")))
+
+    @property
+    def eval_crop(self) -> float:
+        """Share of the image that evaluation sees (augment.eval_crop); all of it where nothing is known."""
+        return float(self.meta.get("eval_crop", "1.0"))
 
 
 def save_weights(path: Path, weights: Weights) -> None:
