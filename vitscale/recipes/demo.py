@@ -27,14 +27,15 @@ def cifar10() -> Config:
 
     Command:  deepspeed --num_gpus 2 launch/pretrain.py --recipe cifar10 --data DIR --eval-data DIR
     Hardware: 2 CPU cores
-    Source:   our own, after the augmentation of the ViT papers
+    Source:   our own. Sinusoidal positions, because a run of four epochs is too short to learn where the patches are:
+              49.7 % against 46.0 % with learned ones after 600 steps (docs/log.md)
     """
     return Config(
         recipe="cifar10",
-        model=ModelConfig(image_size=32, patch_size=4, width=128, depth=6, heads=4, classes=10),
+        model=ModelConfig(image_size=32, patch_size=4, width=128, depth=4, heads=4, classes=10, position="sinusoidal"),
         optim=OptimConfig(global_batch=96, micro_batch_max=48, peak_lr=1e-3, warmup="5%", weight_decay=0.05),
-        train=TrainConfig(length=1500, precision="bf16"),
+        train=TrainConfig(length=2200, precision="bf16"),
         data=DataConfig(workers=1),
-        augment=AugmentConfig(crop_area_min=0.4, flip=0.5, eval_crop=1.0),
+        augment=AugmentConfig(crop_area_min=0.7, flip=0.5, eval_crop=1.0),
         run=RunConfig(log_every=1, eval_every="20%", save_every="10%"),
     )
