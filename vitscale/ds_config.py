@@ -25,7 +25,7 @@ class DsConfig:
     engine: dict[str, Any]
     """Complete dictionary for deepspeed.initialize; holds no "auto"."""
     record: dict[str, Any]
-    """The same with the `vitscale` section, as stored in RUN/ds_config.json."""
+    """What the file says with every "auto" resolved, as stored in RUN/ds_config.json; read again it gives the same."""
     stage: int
     """ZeRO stage 0..3."""
     world: int
@@ -84,23 +84,26 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
 
     zero = record.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 2)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(4):
         raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
 
     mechanism, precision = _precision(record, stage=stage, config=config)
     recompute = _recompute(record, depth=config.model.depth)
-
     record |= {
         "train_batch_size": config.optim.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    engine = {key: copy.deepcopy(record[key]) for key in record if key not in ("vitscale", "activation_checkpointing")}
+    engine |= {
         **precision,
         "checkpoint": {"tag_validation": "Fail"},
         # On by default, and synchronises the device at every micro-step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
-    engine = {key: value for key, value in record.items() if key not in ("vitscale", "activation_checkpointing")}
     if stage == 0:
         # The engine clips there itself, after its own check for non-finite gradients: DeepSpeed has none at stage 0.
         engine["gradient_clipping"] = 0.0
@@ -202,9 +205,9 @@ def divisors(number: int) -> list[int]:
 def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[str, dict[str, Any]]:
     """DeepSpeed's keys for train.precision (design.md 7), and the mechanism in words."""
     wanted = config.train.precision
-    bf16 = record.pop("bf16", {}).get("enabled", "auto")
-    fp16 = record.pop("fp16", {}).get("enabled", "auto")
-    accumulate = record.pop("data_types", {}).get("grad_accum_dtype")
+    bf16 = record.get("bf16", {}).get("enabled", "auto")
+    fp16 = record.get("fp16", {}).get("enabled", "auto")
+    accumulate = record.get("data_types", {}).get("grad_accum_dtype")
     if fp16 not in ("auto", False):
         raise UsageError("ds_config: fp16.enabled=true is not offered; set it to false and train.precision to bf16 or fp32")
     if bf16 not in ("auto", wanted == "bf16"):
@@ -212,26 +215,24 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
             f"ds_config says bf16.enabled={json.dumps(bf16)} but the recipe says train.precision={wanted}; "
             'set bf16.enabled to "auto"'
         )
-    off: dict[str, Any] = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    if accumulate not in (None, "fp32", "bf16"):
+        raise UsageError(f"ds_config: data_types.grad_accum_dtype: expected fp32 or bf16, got {accumulate!r}")
+    if accumulate == "bf16" and (wanted == "fp32" or stage <= 1):
+        raise UsageError(
+            f"ds_config: data_types.grad_accum_dtype=bf16 has no effect with train.precision={wanted} at stage {stage}; "
+            "delete the key"
+        )
+    # A grad_accum_dtype that only repeats fp32 must not reach DeepSpeed where gradients are fp32 anyway: with bf16 it
+    # raises at stage 0 and writes checkpoints that cannot be exported at stage 1.
+    off: dict[str, Any] = {"bf16": {"enabled": False}, "data_types": {}}
     if wanted == "fp32":
-        if accumulate not in (None, "fp32"):
-            raise UsageError(
-                f"ds_config says data_types.grad_accum_dtype={accumulate} but train.precision=fp32; delete the key"
-            )
         return "fp32", off
     if stage <= 1:
-        # bf16 with fp32 accumulation raises at stage 0 and writes checkpoints that cannot be exported at stage 1.
-        if accumulate not in (None, "fp32"):
-            raise UsageError(
-                f"ds_config: data_types.grad_accum_dtype={accumulate} has no effect at stage {stage}; delete the key"
-            )
         return "bf16 autocast on fp32 weights", {**off, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    return "bf16 weights, fp32 masters and accumulation", {
-        "bf16": {"enabled": True},
-        "fp16": {"enabled": False},
-        # DeepSpeed's default accumulates in bf16: 6.3e-3 relative gradient error over 32 micro-batches against 1.3e-3.
-        "data_types": {"grad_accum_dtype": accumulate or "fp32"},
-    }
+    if accumulate == "bf16":
+        return "bf16 weights and accumulation, fp32 masters", {}
+    # DeepSpeed's default accumulates in bf16: 6.3e-3 relative gradient error over 32 micro-batches against 1.3e-3.
+    return "bf16 weights, fp32 masters and accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def _recompute(record: dict[str, Any], *, depth: int) -> int:
