@@ -13,7 +13,6 @@ renames, then replaces `latest`. Loading: rank 0 lists and chooses, all ranks ha
 step that verifies is taken. `candidates` is a pure function of the directory tree.
 """
 
-import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.faults import fault_point
 from vitscale.base.files import fsync_path, publish, read_json, sha256_file, write_bytes, write_json
-from vitscale.training.engine import Engine, barrier, deepspeed, from_all_ranks, from_rank_zero
+from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero, versions
 from vitscale.training.partitions import partition_map
 
 SCHEMA_VERSION = 1
@@ -111,7 +110,7 @@ def save_checkpoint(
             "groups": [
                 {key: value for key, value in group.items() if key != "params"} for group in engine.zero_optimizer.param_groups
             ],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            "versions": versions(),
             "files": sorted((entry for entries in lists for entry in entries), key=lambda entry: entry["name"]),
         }
         write_json(partial / RECORD, record)
