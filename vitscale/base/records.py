@@ -24,7 +24,8 @@ def decode(cls: type[T], record: Any, path: str = "") -> T:
     known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     for name in record:
         if name not in known:
-            raise ValueError(f"there is no setting {_join(path, name)!r}{nearest(name, known)}")
+            wrong, right = _join(path, name), [_join(path, other) for other in known]
+            raise ValueError(f"there is no setting {wrong!r}{nearest(wrong, right)}")
     values = {}
     for name, f in known.items():
         if name in record:
