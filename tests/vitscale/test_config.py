@@ -202,7 +202,7 @@ def test_what_has_a_default_may_be_absent_from_a_record():
 )
 def test_every_check_of_a_section_names_the_key_and_the_value(section, base, wrong, said):
     section(**base)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         section(**base | wrong)
     assert said in str(caught.value)
 
