@@ -28,7 +28,7 @@ def lr(step: int, *, warmup: int = WARMUP, total: int = TOTAL) -> float:
         (WARMUP + 25, END + (PEAK - END) * (1 + math.sqrt(0.5)) / 2),  # a quarter of the cosine
         (WARMUP + 50, (PEAK + END) / 2),
         (TOTAL, END),
-        (TOTAL + 1000, END),
+        (TOTAL + 150, END),
     ],
 )
 def test_the_schedule_at_its_key_steps(step, rate):
