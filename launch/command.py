@@ -116,8 +116,11 @@ def _with_paths(config: Config, args: Namespace) -> Config:
             return given or known
         return str(Path(given).resolve())
 
-    paths = absolute(args.data, config.data.path), absolute(args.eval_data, config.data.eval_path)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=paths[0], eval_path=paths[1]))
+    path = absolute(args.data, config.data.path)
+    eval_path = absolute(args.eval_data, config.data.eval_path)
+    if eval_path.startswith(EMBEDDED) and not path.startswith(EMBEDDED):
+        eval_path = ""  # the embedded images say nothing about a model trained on others
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path, eval_path=eval_path))
 
 
 def derived_table(job: Job) -> str:

@@ -14,10 +14,10 @@ def digits() -> Config:
     return Config(
         recipe="digits",
         model=ModelConfig(image_size=8, patch_size=2, width=64, depth=4, heads=4, classes=10),
-        optim=OptimConfig(global_batch=96, micro_batch_max=48, peak_lr=2e-3, warmup="5%", weight_decay=0.05),
+        optim=OptimConfig(global_batch=96, micro_batch_max=48, peak_lr=4e-3, warmup="5%", weight_decay=0.05),
         train=TrainConfig(length="60ep", precision="fp32"),
         data=DataConfig(path="digits:train", eval_path="digits:eval", workers=0),
-        augment=AugmentConfig(crop_area_min=0.6, crop_ratio_max=1.2, flip=0.0, eval_crop=1.0),
+        augment=AugmentConfig(crop_area_min=0.7, crop_ratio_max=1.1, flip=0.0, eval_crop=1.0),
         run=RunConfig(log_every=1, eval_every="20%", save_every="10%"),
     )
 
