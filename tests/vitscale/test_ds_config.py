@@ -20,8 +20,9 @@ SHIPPED = json.loads((ROOT / "ds_config.json").read_text())
 
 
 def config_of(*overrides: str) -> Config:
-    """A global batch of 96, at most 48 images at once, clipping at 1.0, fp32, depth 4."""
-    return apply_overrides(recipe_named("digits"), overrides)
+    """A global batch of 96, at most 48 images at once, clipping at 1.0, fp32, depth 4; unless told otherwise."""
+    base = ["optim.global_batch=96", "optim.micro_batch_max=48", "optim.clip=1.0", "train.precision=fp32", "model.depth=4"]
+    return apply_overrides(recipe_named("digits"), [*base, *overrides])
 
 
 def resolve(record: dict[str, Any], *overrides: str, world: int = 1) -> DsConfig:
