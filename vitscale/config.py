@@ -12,13 +12,15 @@ watching  what is logged, saved and evaluated, and when: follows the command
 
 import dataclasses
 import json
-import types
-import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+import math
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, TypeVar, cast
 
-from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
+from vitscale.base.records import decode
 
 Kind = Literal["result", "machine", "watching"]
 T = TypeVar("T")
@@ -55,9 +57,10 @@ class ModelConfig:
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "depth", "heads", "classes", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("image_size", "patch_size", "width", "depth", "heads", "classes", "channels", "mlp_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
@@ -73,6 +76,9 @@ class ModelConfig:
                 f"model.pixel_mean and pixel_std need one number per channel ({self.channels}), "
                 f"got {len(self.pixel_mean)} and {len(self.pixel_std)}"
             )
+        for name, smallest in (("norm_eps", self.norm_eps), ("pixel_std", min(self.pixel_std))):
+            if smallest <= 0:
+                raise ValueError(f"model.{name} must be > 0, got {getattr(self, name)}")
 
     @property
     def feedforward_width(self) -> int:
@@ -133,7 +139,7 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     label_smoothing: float = 0.0
-    init_weights: str = field(default="", metadata={"kind": "machine"})
+    init_weights: str = machine("")
     """Where a fine-tuning takes its weights from; empty: fresh weights."""
     init_sha256: str = ""
     """sha256 of those weights; filled in when the run starts."""
@@ -182,51 +188,39 @@ def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_s
 
     The one place where lengths are converted; training code knows only steps. Raises ValueError.
     """
-    if isinstance(length, int):
-        if length < 0:
-            raise ValueError(f"expected a length of 0 or more steps, got {length}")
-        return length
-    text = length.strip()
-    for unit in ("ep", "img", "%", ""):
-        if text.endswith(unit):
-            break
-    number = text[: len(text) - len(unit)].strip() if unit else text
+    text = str(length).strip()
+    unit = next(unit for unit in ("ep", "img", "%", "") if text.endswith(unit))
     try:
-        amount = float(number)
-    except ValueError:
-        amount = -1.0
+        amount = Fraction(text.removesuffix(unit))  # exact: no epoch count is rounded up because of a binary fraction
+    except (ValueError, ZeroDivisionError):
+        amount = Fraction(-1)
     if amount < 0 or (unit == "%" and total_steps is None):
         raise ValueError(f'expected a length such as 1500, "30ep", "1000000img" or "5%", got {length!r}')
-    if unit == "%":
-        assert total_steps is not None
-        return _ceil(amount * total_steps / 100)
-    images = {"ep": amount * epoch_images, "img": amount, "": amount * global_batch}[unit]
-    return _ceil(images / global_batch)
-
-
-def _ceil(value: float) -> int:
-    nearest_whole = round(value)
-    return nearest_whole if abs(value - nearest_whole) < 1e-9 else int(value) + 1
+    steps = {
+        "ep": amount * epoch_images / global_batch,
+        "img": amount / global_batch,
+        "%": amount * (total_steps or 0) / 100,
+        "": amount,
+    }
+    return math.ceil(steps[unit])
 
 
 # ---- decode, override, encode ---------------------------------------------------------------------------------------
 
 
-def apply_overrides(config: Config, overrides: typing.Sequence[str]) -> Config:
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Apply `section.key=value` texts in order. Raises UsageError naming the nearest key and the expected type."""
     record = to_record(config)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
             raise UsageError(f"expected section.key=value, got {override!r}")
-        section, dot, key = path.partition(".")
-        sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
-        if not dot or section not in sections:
+        if path not in _settings():
+            sections = dict.fromkeys(key.partition(".")[0] for key in [*_settings(), "ds"])
             raise UsageError(
-                f"there is no setting {path!r}{nearest(path, [*all_keys(), 'ds'])}; sections: {', '.join(sections)}, ds"
+                f"there is no setting {path!r}{nearest(path, [*_settings(), 'ds.PATH'])}; sections: {', '.join(sections)}"
             )
-        if key not in record[section]:
-            raise UsageError(f"there is no setting {path!r}{nearest(path, all_keys())}")
+        section, _, key = path.partition(".")
         record[section][key] = _value_of(text)
     return from_record(record)
 
@@ -239,25 +233,24 @@ def _value_of(text: str) -> Any:
         return text
 
 
-def all_keys() -> list[str]:
-    """Every dotted key of the tree."""
-    return [
-        f"{section.name}.{f.name}"
+def _settings() -> dict[str, Field[Any]]:
+    """Every dotted key of the tree, with its field."""
+    return {
+        f"{section.name}.{setting.name}": setting
         for section in dataclasses.fields(Config)
         if dataclasses.is_dataclass(section.type)
-        for f in dataclasses.fields(typing.cast(Any, section.type))
-    ]
+        for setting in dataclasses.fields(cast(Any, section.type))
+    }
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the tree."""
+    return list(_settings())
 
 
 def kind_of(key: str) -> Kind:
     """The kind of a dotted key; "recipe" itself is a name and counts as watching."""
-    section, _, name = key.partition(".")
-    for outer in dataclasses.fields(Config):
-        if outer.name == section and dataclasses.is_dataclass(outer.type):
-            for f in dataclasses.fields(typing.cast(Any, outer.type)):
-                if f.name == name:
-                    return f.metadata.get("kind", "result")
-    return "watching"
+    return "watching" if key == "recipe" else _settings()[key].metadata.get("kind", "result")
 
 
 def to_record(config: Config) -> dict[str, Any]:
@@ -276,76 +269,7 @@ def model_from_record(record: dict[str, Any], *, origin: str = "") -> ModelConfi
 
 
 def _decode_strictly(cls: type[T], record: Any, path: str, *, origin: str) -> T:
-    place = f"{origin}: " if origin else ""
     try:
-        return typing.cast(T, _decode(cls, record, path))
+        return decode(cls, record, path)
     except ValueError as error:
-        raise UsageError(f"{place}{error}") from None
-
-
-def _decode(cls: Any, record: Any, path: str) -> Any:
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a section with keys at {path or 'the top'}, got {record!r}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in record:
-        if name not in known:
-            raise ValueError(f"there is no setting {_join(path, name)!r}{nearest(name, known)}")
-    values = {}
-    for name, f in known.items():
-        if name in record:
-            values[name] = _decode_value(f.type, record[name], _join(path, name))
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"the setting {_join(path, name)} is missing")
-    return cls(**values)
-
-
-def _decode_value(expected: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(expected):
-        return _decode(expected, value, path)
-    origin, options = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (types.UnionType, typing.Union):
-        for option in options:
-            try:
-                return _decode_value(option, value, path)
-            except ValueError:
-                continue
-    elif origin is Literal:
-        if value in options and isinstance(value, str):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list):
-            return tuple(_decode_value(options[0], item, path) for item in value)
-    elif expected is types.NoneType:
-        if value is None:
-            return None
-    elif expected is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif expected is str:
-        # An override cannot tell the text 5 from the number 5.
-        if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
-            return str(value)
-    elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{path}: expected {_spell(expected)}, got {value!r}{_nearest_literal(expected, value)}")
-
-
-def _nearest_literal(expected: Any, value: Any) -> str:
-    words = [w for w in typing.get_args(expected) if isinstance(w, str)]
-    return nearest(str(value), words)
-
-
-def _spell(expected: Any) -> str:
-    origin, options = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, options))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_spell(option) for option in options)
-    if origin is tuple:
-        return f"a list of {_spell(options[0])}"
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
-    return names.get(expected, str(expected))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+        raise UsageError(f"{origin}: {error}" if origin else str(error)) from None

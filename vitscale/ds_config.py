@@ -15,127 +15,7 @@ from typing import Any
 
 from vitscale.base.errors import UsageError, nearest
 from vitscale.config import Config
-
-# The only keys where "auto" has a meaning: they repeat what the recipe says.
-AUTO_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16.enabled",
-    "fp16.enabled",
-)
-
-ZERO_KEYS = (
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "round_robin_gradients",
-    "sub_group_size",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold",
-    "zero_hpz_partition_size",
-    "log_trace_cache_warnings",
-    "enable_sanity_checks",
-)
-
-# Sections whose keys are listed are checked key by key; None means a plain value.
-KNOWN: dict[str, tuple[str, ...] | None] = {
-    "train_batch_size": None,
-    "train_micro_batch_size_per_gpu": None,
-    "gradient_accumulation_steps": None,
-    "gradient_clipping": None,
-    "communication_data_type": None,
-    "prescale_gradients": None,
-    "gradient_predivide_factor": None,
-    "steps_per_print": None,
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
-    "dump_state": None,
-    "log_level": None,
-    "disable_python_gc": None,
-    "bf16": ("enabled",),
-    "fp16": ("enabled",),
-    "zero_optimization": ZERO_KEYS,
-    "data_types": ("grad_accum_dtype",),
-    "activation_checkpointing": (
-        "partition_activations",
-        "cpu_checkpointing",
-        "contiguous_memory_optimization",
-        "number_checkpoints",
-        "synchronize_checkpoint_boundary",
-        "profile",
-    ),
-    "flops_profiler": (
-        "enabled",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-        "recompute_fwd_factor",
-    ),
-    "comms_logger": ("enabled", "verbose", "prof_all", "prof_ops", "debug"),
-    "vitscale": ("recompute",),
-}
-
-REFUSED = {
-    "optimizer": "the optimizer belongs to the recipe; set optim.* instead",
-    "scheduler": "the schedule belongs to the recipe; set optim.peak_lr, optim.warmup and train.length instead",
-    "tensorboard": "metrics have one writer here; TensorBoard files are always written to RUN/tensorboard",
-    "csv_monitor": "metrics have one writer here; read RUN/metrics.jsonl",
-    "wandb": "metrics have one writer here; read RUN/metrics.jsonl or RUN/tensorboard",
-    "comet": "metrics have one writer here; read RUN/metrics.jsonl or RUN/tensorboard",
-    "torch_autocast": "it is derived: train.precision=bf16 at ZeRO stages 0 and 1 turns it on",
-    "checkpoint": "checkpoints are committed and verified by vitscale; set run.save_every and run.keep_last instead",
-    "timers": "steps are timed by vitscale without synchronising the device",
-    "gradient_allreduce_op": "gradients are always averaged",
-    "managed_gradient_accumulation": "accumulation is always managed by the engine",
-    "seed": "DeepSpeed has no such key; set train.seed instead",
-    **{
-        key: "DeepSpeed 0.19 has removed it and would raise; delete the key"
-        for key in (
-            "nebula",
-            "amp",
-            "compression_training",
-            "quantize_training",
-            "sparse_gradients",
-            "eigenvalue",
-            "sparse_attention",
-            "elasticity",
-            "graph_harvesting",
-            "curriculum_learning",
-            "progressive_layer_drop",
-            "zero_optimization.mics_shard_size",
-            "zero_optimization.mics_hierarchical_params_gather",
-            "zero_optimization.zeropp_loco_param",
-        )
-    },
-    "zero_optimization.offload_optimizer": "offloading is not offered yet; delete the section",
-    "zero_optimization.offload_param": "offloading is not offered yet; delete the section",
-    "zero_optimization.elastic_checkpoint": "it raises at stage 3 and does nothing at stages 1 and 2; delete the key",
-    "zero_optimization.zero_quantized_weights": "it changes the numbers and is not offered; delete the key",
-    "zero_optimization.zero_quantized_gradients": "it changes the numbers and is not offered; delete the key",
-}
-
-# DeepSpeed reads this section but acts on none of it outside its own pipeline engine; a true value would be a lie.
-_ACTIVATION_REASONS = {
-    "partition_activations": "it shards over tensor-parallel ranks and there are none here",
-    "cpu_checkpointing": "it is not offered yet",
-    "contiguous_memory_optimization": "it needs tensor-parallel ranks and there are none here",
-    "number_checkpoints": "the blocks to recompute are set by vitscale.recompute",
-    "synchronize_checkpoint_boundary": "it is not offered yet",
-    "profile": "it is not offered yet",
-}
+from vitscale.ds_keys import ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +25,7 @@ class DsConfig:
     engine: dict[str, Any]
     """Complete dictionary for deepspeed.initialize; holds no "auto"."""
     record: dict[str, Any]
-    """The same with the `vitscale` section, as stored in RUN/ds_config.json."""
+    """What the file says with every "auto" resolved, as stored in RUN/ds_config.json; read again it gives the same."""
     stage: int
     """ZeRO stage 0..3."""
     world: int
@@ -204,23 +84,26 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
 
     zero = record.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 2)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in range(4):
         raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
 
     mechanism, precision = _precision(record, stage=stage, config=config)
     recompute = _recompute(record, depth=config.model.depth)
-
     record |= {
         "train_batch_size": config.optim.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "fp16": {"enabled": False},
+    }
+    engine = {key: copy.deepcopy(record[key]) for key in record if key not in ("vitscale", "activation_checkpointing")}
+    engine |= {
         **precision,
         "checkpoint": {"tag_validation": "Fail"},
         # On by default, and synchronises the device at every micro-step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
-    engine = {key: value for key, value in record.items() if key not in ("vitscale", "activation_checkpointing")}
     if stage == 0:
         # The engine clips there itself, after its own check for non-finite gradients: DeepSpeed has none at stage 0.
         engine["gradient_clipping"] = 0.0
@@ -256,7 +139,7 @@ def _check_keys(record: dict[str, Any]) -> None:
     for name, value in record.get("activation_checkpointing", {}).items():
         if value not in (False, None):
             raise UsageError(
-                f"ds_config: activation_checkpointing.{name}={value!r} would have no effect: {_ACTIVATION_REASONS[name]}; "
+                f"ds_config: activation_checkpointing.{name}={value!r} would have no effect: {ACTIVATION_REASONS[name]}; "
                 'choose the recomputed blocks with vitscale.recompute ("none", "all", or a number k for every k-th)'
             )
 
@@ -322,9 +205,9 @@ def divisors(number: int) -> list[int]:
 def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[str, dict[str, Any]]:
     """DeepSpeed's keys for train.precision (design.md 7), and the mechanism in words."""
     wanted = config.train.precision
-    bf16 = record.pop("bf16", {}).get("enabled", "auto")
-    fp16 = record.pop("fp16", {}).get("enabled", "auto")
-    accumulate = record.pop("data_types", {}).get("grad_accum_dtype")
+    bf16 = record.get("bf16", {}).get("enabled", "auto")
+    fp16 = record.get("fp16", {}).get("enabled", "auto")
+    accumulate = record.get("data_types", {}).get("grad_accum_dtype")
     if fp16 not in ("auto", False):
         raise UsageError("ds_config: fp16.enabled=true is not offered; set it to false and train.precision to bf16 or fp32")
     if bf16 not in ("auto", wanted == "bf16"):
@@ -332,26 +215,24 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
             f"ds_config says bf16.enabled={json.dumps(bf16)} but the recipe says train.precision={wanted}; "
             'set bf16.enabled to "auto"'
         )
-    off: dict[str, Any] = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    if accumulate not in (None, "fp32", "bf16"):
+        raise UsageError(f"ds_config: data_types.grad_accum_dtype: expected fp32 or bf16, got {accumulate!r}")
+    if accumulate == "bf16" and (wanted == "fp32" or stage <= 1):
+        raise UsageError(
+            f"ds_config: data_types.grad_accum_dtype=bf16 has no effect with train.precision={wanted} at stage {stage}; "
+            "delete the key"
+        )
+    # A grad_accum_dtype that only repeats fp32 must not reach DeepSpeed where gradients are fp32 anyway: with bf16 it
+    # raises at stage 0 and writes checkpoints that cannot be exported at stage 1.
+    off: dict[str, Any] = {"bf16": {"enabled": False}, "data_types": {}}
     if wanted == "fp32":
-        if accumulate not in (None, "fp32"):
-            raise UsageError(
-                f"ds_config says data_types.grad_accum_dtype={accumulate} but train.precision=fp32; delete the key"
-            )
         return "fp32", off
     if stage <= 1:
-        # bf16 with fp32 accumulation raises at stage 0 and writes checkpoints that cannot be exported at stage 1.
-        if accumulate not in (None, "fp32"):
-            raise UsageError(
-                f"ds_config: data_types.grad_accum_dtype={accumulate} has no effect at stage {stage}; delete the key"
-            )
         return "bf16 autocast on fp32 weights", {**off, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    return "bf16 weights, fp32 masters and accumulation", {
-        "bf16": {"enabled": True},
-        "fp16": {"enabled": False},
-        # DeepSpeed's default accumulates in bf16: 6.3e-3 relative gradient error over 32 micro-batches against 1.3e-3.
-        "data_types": {"grad_accum_dtype": accumulate or "fp32"},
-    }
+    if accumulate == "bf16":
+        return "bf16 weights and accumulation, fp32 masters", {}
+    # DeepSpeed's default accumulates in bf16: 6.3e-3 relative gradient error over 32 micro-batches against 1.3e-3.
+    return "bf16 weights, fp32 masters and accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def _recompute(record: dict[str, Any], *, depth: int) -> int:

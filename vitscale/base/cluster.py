@@ -55,57 +55,53 @@ class Cluster:
 def resolve_cluster(environ: Mapping[str, str]) -> Cluster:
     """Read rank, world and address from the environment of any supported launcher.
 
-    Raises UsageError when a launcher's variables are there but incomplete.
+    Raises UsageError when a launcher's variables are there but incomplete, or are no numbers.
     """
-    host = socket.gethostname()
     if all(name in environ for name in _COMPLETE):
         launcher = "deepspeed"
         if "TORCHELASTIC_RUN_ID" in environ:
             launcher = "accelerate" if any(name.startswith("ACCELERATE_") for name in environ) else "torchrun"
         return _build(
-            environ,
+            launcher,
             rank=environ["RANK"],
             world=environ["WORLD_SIZE"],
             local_rank=environ["LOCAL_RANK"],
             local_world=environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or "1",
             master_addr=environ["MASTER_ADDR"],
             master_port=environ["MASTER_PORT"],
-            launcher=launcher,
-            host=host,
         )
-    # A one-task srun step (or an interactive salloc shell) counts as a single process.
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or host
-        port = 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+    # A one-task srun step (or an interactive salloc shell) counts as a single process. So does the batch script itself,
+    # which shows rank 0 and all tasks of the job although only srun would start them.
+    is_batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_NUM_TASKS" not in environ
+    if "SLURM_PROCID" in environ and not is_batch_script and _number(environ, "SLURM_NTASKS", 1) > 1:
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or socket.gethostname()
+        tasks_per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1"
+        port = 20000 + _number(environ, "SLURM_JOB_ID", 0) % 20000
         return _build(
-            environ,
+            "srun",
             rank=environ["SLURM_PROCID"],
             world=environ["SLURM_NTASKS"],
             local_rank=environ.get("SLURM_LOCALID", "0"),
-            local_world=re.split(r"[(,]", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0],
-            master_addr=environ.get("MASTER_ADDR", first_slurm_host(nodes)),
+            local_world=re.split(r"[(,]", tasks_per_node)[0],
+            master_addr=environ.get("MASTER_ADDR") or first_slurm_host(nodes),
             master_port=environ.get("MASTER_PORT", str(port)),
-            launcher="srun",
-            host=host,
         )
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if _number(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         if "MASTER_ADDR" not in environ:
             raise UsageError(
                 "mpirun gave ranks but no address; expected MASTER_ADDR in the environment: add `-x MASTER_ADDR=HOST_OF_RANK_0`"
             )
         return _build(
-            environ,
-            rank=environ["OMPI_COMM_WORLD_RANK"],
+            "mpirun",
+            rank=environ.get("OMPI_COMM_WORLD_RANK", ""),
             world=environ["OMPI_COMM_WORLD_SIZE"],
-            local_rank=environ["OMPI_COMM_WORLD_LOCAL_RANK"],
-            local_world=environ["OMPI_COMM_WORLD_LOCAL_SIZE"],
+            local_rank=environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""),
+            local_world=environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""),
             master_addr=environ["MASTER_ADDR"],
             master_port=environ.get("MASTER_PORT", "29500"),
-            launcher="mpirun",
-            host=host,
         )
     partial = [name for name in ("RANK", "WORLD_SIZE") if name in environ]
-    if partial and int(environ.get("WORLD_SIZE", "1")) > 1:
+    if _number(environ, "WORLD_SIZE", 1) > 1 or _number(environ, "RANK", 0) > 0:
         missing = [name for name in _COMPLETE if name not in environ]
         raise UsageError(f"the environment has {', '.join(partial)} but lacks {', '.join(missing)}; set all five or none")
     return Cluster(
@@ -116,7 +112,7 @@ def resolve_cluster(environ: Mapping[str, str]) -> Cluster:
         master_addr="127.0.0.1",
         master_port=_free_port(),
         launcher="none",
-        host=host,
+        host=socket.gethostname(),
     )
 
 
@@ -128,15 +124,21 @@ def first_slurm_host(nodes: str) -> str:
     return head.group(1) + (head.group(2) or "")
 
 
-def _build(environ: Mapping[str, str], **fields: str) -> Cluster:
-    numbers = {}
-    for name in ("rank", "world", "local_rank", "local_world", "master_port"):
-        if not fields[name].isdigit():
-            raise UsageError(f"expected a whole number for {name} from the launcher, got {fields[name]!r}")
-        numbers[name] = int(fields[name])
+def _build(launcher: str, *, master_addr: str, **texts: str) -> Cluster:
+    numbers = {name: _whole(text, name, launcher) for name, text in texts.items()}
     if not numbers["rank"] < numbers["world"]:
         raise UsageError(f"rank {numbers['rank']} is outside a world of {numbers['world']}; check the launcher's variables")
-    return Cluster(**numbers, master_addr=fields["master_addr"], launcher=fields["launcher"], host=fields["host"])
+    return Cluster(**numbers, master_addr=master_addr, launcher=launcher, host=socket.gethostname())
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    return _whole(environ[name], name, "the launcher") if name in environ else default
+
+
+def _whole(text: str, name: str, launcher: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"expected a whole number for {name} from {launcher}, got {text!r}")
+    return int(text)
 
 
 def _free_port() -> int:

@@ -82,7 +82,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except VitscaleError as error:
-        is_rank_zero = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        # The launcher's own words: the error may be that they make no sense to resolve_cluster.
+        ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ]
+        is_rank_zero = not ranks or ranks[0] == "0"
         if is_rank_zero or error.every_rank_speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

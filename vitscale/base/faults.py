@@ -31,8 +31,13 @@ def fault_point(where: str, **here: int) -> None:
     if not order:
         return
     action, point, conditions = _parse(order)
-    if point != where or any(here.get(name) != value for name, value in conditions.items()):
+    if point != where:
         return
+    for name, value in conditions.items():
+        if name not in here:
+            raise UsageError(f"VITSCALE_FAULT: {point} has no {name!r}{nearest(name, here)}; it has {', '.join(here)}")
+        if here[name] != value:
+            return
     if action == "raise":
         raise RuntimeError(f"fault point {where} {here}: raised as VITSCALE_FAULT asked")
     os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
@@ -52,7 +57,7 @@ def _parse(order: str) -> tuple[str, str, dict[str, int]]:
     conditions = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if not value.isdigit():
+        if not value.isdecimal():
             raise UsageError(f"VITSCALE_FAULT: expected NAME=NUMBER after the point, got {pair!r}")
         conditions[name] = int(value)
     return action, point, conditions

@@ -32,7 +32,7 @@ def bytes_in_words(count: int) -> str:
     """`512 B`, `3.4 MB`: decimal units, as storage is sold."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.95:  # what rounds to 1000.0 belongs to the next unit
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"

@@ -4,16 +4,16 @@ RUN/checkpoints/
   step-00001200/                  one committed checkpoint, made by renaming step-00001200.partial
     zero_pp_rank_*, mp_rank_*     DeepSpeed's own sharded files
     partition-RRRRR.json          where this rank's flat partitions hold which slice of which parameter
-    vitscale.json                 written last: state, world, versions, every file with size and sha256
+    vitscale.json                 written last: state, world, versions, every file with size and sha256, and the sha256
+                                  of the record itself
   step-00001100.bad-1/            failed its own checksums; kept to look at, never loaded
   latest                          for DeepSpeed's tools only; nothing here reads it
 
-Saving: rank 0 clears an old .partial | all write | each hashes and flushes what it wrote | rank 0 writes vitscale.json,
+Saving: rank 0 clears every old .partial | all write | each hashes and flushes what it wrote | rank 0 writes vitscale.json,
 renames, then replaces `latest`. Loading: rank 0 lists and chooses, all ranks hash their share of the files, the highest
 step that verifies is taken. `candidates` is a pure function of the directory tree.
 """
 
-import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -25,14 +25,24 @@ import torch
 
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.faults import fault_point
-from vitscale.base.files import fsync_path, publish, read_json, sha256_file, write_bytes, write_json
-from vitscale.training.engine import Engine, barrier, deepspeed, from_all_ranks, from_rank_zero
+from vitscale.base.files import (
+    canonical_json,
+    fsync_path,
+    publish,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero, versions
 from vitscale.training.partitions import partition_map
 
 SCHEMA_VERSION = 1
 RECORD = "vitscale.json"
 _COMMITTED = re.compile(r"step-(\d{8,})$")
 _BAD = re.compile(r"step-\d{8,}\.bad-\d+$")
+_OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|partition-(\d+)\.json$|mp_rank_")
 
 
 @dataclass(kw_only=True)
@@ -87,7 +97,7 @@ def save_checkpoint(
     partial = final.with_name(final.name + ".partial")
     if engine.rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in (partial, final):
+        for leftover in [*checkpoints.glob("step-*.partial"), final]:
             if leftover.exists():
                 shutil.rmtree(leftover)
     barrier()
@@ -111,10 +121,10 @@ def save_checkpoint(
             "groups": [
                 {key: value for key, value in group.items() if key != "params"} for group in engine.zero_optimizer.param_groups
             ],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            "versions": versions(),
             "files": sorted((entry for entries in lists for entry in entries), key=lambda entry: entry["name"]),
         }
-        write_json(partial / RECORD, record)
+        write_json(partial / RECORD, sealed(record))
         fsync_path(partial)
         fault_point("checkpoint.rename", rank=0, step=state.step)
         publish(partial, final)
@@ -128,8 +138,8 @@ def save_checkpoint(
 
 def writer_of(name: str, *, world: int) -> int:
     """The rank that wrote a file of a checkpoint: the number in its name, or 0 for what rank 0 writes for all."""
-    match = re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_|partition-(\d+)\.json", name)
-    rank = int(match.group(1) or match.group(2)) if match else 0
+    match = _OURS.match(name)
+    rank = int(match.group(1) or match.group(2) or 0) if match else 0
     assert rank < world, f"{name} was written by no rank of this world"
     return rank
 
@@ -150,11 +160,11 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
     A directory that fails is renamed to step-N.bad-K and named through `say`. Raises EnvironmentFault when there were
     checkpoints and none is usable: a damaged run is never silently started afresh.
     """
-    paths, rejected_before = from_rank_zero((candidates(checkpoints), has_rejected(checkpoints)))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    paths, rejected_before = from_rank_zero((candidates(checkpoints), has_rejected(checkpoints)) if rank == 0 else None)
     for path in paths:
-        complaint, record = from_rank_zero(_read_record(path) if torch.distributed.get_rank() == 0 else None)
+        complaint, record = from_rank_zero(_read_record(path) if rank == 0 else None)
         if complaint is None:
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
             verdicts = from_all_ranks([check_file(path, entry) for entry in record["files"][rank::world]])
             complaint = next((verdict for verdicts_of_rank in verdicts for verdict in verdicts_of_rank if verdict), None)
         if complaint is None:
@@ -166,7 +176,7 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
                 data=record["data"],
                 record=record,
             )
-        if torch.distributed.get_rank() == 0:
+        if rank == 0:
             aside = _put_aside(path)
             say(f"checkpoint {path.name} is not usable: {complaint}; kept as {aside.name}")
         barrier()
@@ -212,20 +222,29 @@ def check_file(directory: Path, entry: dict[str, Any]) -> str | None:
     return None
 
 
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its own sha256: a flipped digit of `position` would else be read as another position."""
+    return {**record, "record_sha256": sha256_bytes(canonical_json(record))}
+
+
 def _read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(complaint, record) of vitscale.json."""
+    """(complaint, record) of vitscale.json and of the names in the directory; what is in the files is not looked at."""
     if not (path / RECORD).is_file():
         return f"{RECORD} is missing", {}
     try:
         record = read_json(path / RECORD)
     except EnvironmentFault:
         return f"{RECORD} is no valid JSON", {}
-    needed = {"schema_version", "state", "data", "world", "zero_stage", "files"}
-    if not isinstance(record, dict) or not needed <= record.keys() or record["schema_version"] != SCHEMA_VERSION:
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
         return f"{RECORD} is not a record of schema {SCHEMA_VERSION}", {}
+    if record != sealed({key: value for key, value in record.items() if key != "record_sha256"}):
+        return f"{RECORD} does not have its own recorded sha256", {}
     if directory_name(record["state"]["step"]) != path.name:
         return f"{RECORD} belongs to {directory_name(record['state']['step'])}", {}
-    return None, record
+    # DeepSpeed and `consolidate` look for files by pattern: one too many would be read, or counted as a rank.
+    recorded = {entry["name"] for entry in record["files"]}
+    foreign = sorted(file.name for file in path.iterdir() if _OURS.match(file.name) and file.name not in recorded)
+    return (f"{foreign[0]} is not in its record", {}) if foreign else (None, record)
 
 
 def _put_aside(path: Path) -> Path:

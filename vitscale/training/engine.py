@@ -10,6 +10,7 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 import datetime
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,11 @@ def leave_ranks() -> None:
 def barrier() -> None:
     """Wait until every rank is here."""
     torch.distributed.barrier()
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on, as checkpoints and attempts record it."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
 
 def from_rank_zero(value: Any) -> Any:

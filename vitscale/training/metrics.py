@@ -4,6 +4,7 @@ Rank 0 is the only writer. One JSON line per logged step, values of that very st
 After a resume the file holds each step once: lines past the restored step are dropped before the first new one.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -97,28 +98,26 @@ class Metrics:
         return "  ".join(parts)
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """Non-finite numbers as text: JSON has no word for them."""
-    return {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
-    }
+def _finite(value: Any) -> Any:
+    """Non-finite numbers as text, also inside records: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a torn last line, left by a kill, is ignored."""
+    """All whole lines of a metrics file; a torn line, left by a kill or a lost power supply, is ignored."""
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text().splitlines():
-        try:
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            break
     return lines
 
 
 def drop_lines_past(path: Path, step: int) -> None:
-    """Rewrite the file without the lines of later steps and without a torn last line."""
+    """Rewrite the file without the lines of later steps and without torn ones."""
     if not path.is_file():
         return
     kept = [line for line in read_lines(path) if line["step"] <= step]

@@ -8,7 +8,6 @@ RUN/
   FINISHED.json                     the marker of a finished run, written last
 """
 
-import platform
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from vitscale.base.errors import HostFault, UsageError
 from vitscale.base.files import read_json, write_bytes, write_json
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
-from vitscale.training.engine import barrier, deepspeed, from_all_ranks, from_rank_zero
+from vitscale.training.engine import barrier, from_all_ranks, from_rank_zero, versions
 
 CONFIG = "config.json"
 FINISHED = "FINISHED.json"
@@ -107,11 +106,7 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
                 "world": cluster.world,
                 "hosts": hosts,
                 "threads": torch.get_num_threads(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "deepspeed": deepspeed.__version__,
-                },
+                "versions": versions(),
                 "code_revision": _code_revision(),
                 "data": {"train": config.data.fingerprint, "eval": config.data.eval_fingerprint},
                 "followed_the_command": [vars(d) for d in followed],

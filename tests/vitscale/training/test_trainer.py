@@ -1,0 +1,253 @@
+"""The loop: what a step does and in which order, when something is due, and what a logged line says."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitscale.evaluation.classification import Scores
+from vitscale.training import trainer
+from vitscale.training.checkpoint import TrainState
+from vitscale.training.trainer import Plan, due, train
+
+PLAN = Plan(
+    total_steps=4,
+    global_batch=12,
+    log_every_steps=1,
+    eval_every_steps=2,
+    save_every_steps=3,
+    flops_per_image=1e9,
+    peak_flops=None,
+)
+SCORES = Scores(images=5, top1=0.5, top5=1.0, loss=0.25)
+
+
+@dataclass
+class Batch:
+    number: int
+
+    @property
+    def images_BHWC(self) -> Tensor:
+        return torch.full((1, 1, 1, 1), self.number)
+
+    @property
+    def labels_B(self) -> Tensor:
+        return torch.tensor([self.number])
+
+    @property
+    def samples_hash(self) -> int:
+        return (1 << 64) - 10 + self.number
+
+
+class World:
+    """Fakes of engine, objective, stream, metrics, evaluation and save that write down what is done with them."""
+
+    def __init__(self, *, accumulation: int = 2, skipped_steps: tuple[int, ...] = (), ranks: int = 1) -> None:
+        self.acts: list[Any] = []
+        self.lines: list[dict[str, Any]] = []
+        self.saved: list[TrainState] = []
+        self.rank, self.world = 0, ranks
+        self.accumulation_steps = accumulation
+        self.last_step_skipped = False
+        self.skipped_steps = skipped_steps
+        self.micro_batches = 0
+
+    # engine
+    def train(self) -> None:
+        self.acts.append("train mode")
+
+    def set_lr(self, lr: float) -> None:
+        self.acts.append(("lr", lr))
+
+    def backward_and_maybe_step(self, loss: Tensor) -> None:
+        self.micro_batches += 1
+        self.acts.append(("backward", loss.item()))
+        if self.micro_batches % self.accumulation_steps == 0:
+            self.last_step_skipped = self.micro_batches // self.accumulation_steps in self.skipped_steps
+
+    def grad_norm(self) -> float:
+        return 7.0
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return [self.world * value for value in values]
+
+    def sum_modulo_2_64(self, value: int) -> int:
+        assert 0 <= value < 1 << 64
+        return value
+
+    # objective
+    def __call__(self, forward: Any, images_BHWC: Tensor, labels_B: Tensor) -> Tensor:
+        assert forward is self, "the objective must get the engine itself, never its module"
+        number = images_BHWC.flatten()[0].item()
+        assert labels_B.tolist() == [number]
+        self.acts.append(("forward", number))
+        return torch.tensor(float(number), requires_grad=True)
+
+    # stream
+    def stream(self) -> Iterator[Batch]:
+        for number in range(100):
+            self.acts.append(("batch", number))
+            yield Batch(number)
+
+    # metrics
+    def log_step(self, line: dict[str, Any]) -> None:
+        self.acts.append(("log", line["step"]))
+        self.lines.append(line)
+
+    def log_eval(self, step: int, scores: dict[str, float]) -> None:
+        self.acts.append(("log eval", step, scores["top1"]))
+
+    def evaluate(self) -> Scores:
+        self.acts.append("evaluate")
+        return SCORES
+
+    def save(self, state: TrainState) -> None:
+        self.acts.append(("save", state.step))
+        self.saved.append(replace(state))
+
+
+def run(
+    world: World, state: TrainState | None = None, *, plan: Plan = PLAN, evaluates: bool = True, writes: bool = True
+) -> TrainState:
+    state = state or TrainState()
+    fake: Any = world
+    train(
+        state,
+        plan=plan,
+        engine=fake,
+        objective=fake,
+        stream=world.stream(),
+        lr_at_step=lambda step: step / 10,
+        evaluate=world.evaluate if evaluates else None,
+        save=world.save,
+        metrics=fake if writes else None,
+    )
+    return state
+
+
+def test_the_acts_of_a_run_in_their_order():
+    world = World()
+    run(world)
+
+    def step(number: int) -> list[Any]:
+        micro_batches = [
+            act for n in (2 * number, 2 * number + 1) for act in (("batch", n), ("forward", n), ("backward", float(n)))
+        ]
+        return [("lr", number / 10), *micro_batches, ("log", number + 1)]
+
+    evaluation = ["evaluate", "train mode"]  # the engine is back in training before the next step
+    assert world.acts == [
+        "train mode",
+        *step(0),
+        *step(1),
+        *evaluation,
+        ("log eval", 2, 0.5),
+        *step(2),
+        ("save", 3),
+        *step(3),
+        *evaluation,
+        ("log eval", 4, 0.5),
+        ("save", 4),
+    ]
+
+
+def test_state_moves_at_the_end_of_each_step_and_the_save_sees_it():
+    world = World()
+    end = run(world)
+    assert world.saved == [
+        TrainState(step=3, position=36, images_seen=36),
+        TrainState(step=4, position=48, images_seen=48),
+    ]
+    assert end == world.saved[-1]
+
+
+def test_a_skipped_step_is_a_step_and_is_counted():
+    world = World(skipped_steps=(2, 3))
+    end = run(world)
+    assert end == TrainState(step=4, position=48, images_seen=48, skipped=2)
+    assert [line["skipped"] for line in world.lines] == [0, 1, 2, 2]
+    assert [act[1] for act in world.acts if act[0] == "lr"] == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_a_resumed_run_makes_the_steps_that_are_left():
+    world = World()
+    end = run(world, TrainState(step=2, position=1024, images_seen=24, skipped=1, segments=[{"from": 24, "to": 1024}]))
+    assert end == TrainState(step=4, position=1048, images_seen=48, skipped=1, segments=[{"from": 24, "to": 1024}])
+    assert [act[1] for act in world.acts if act[0] == "lr"] == [0.2, 0.3]
+
+
+def test_a_finished_run_has_nothing_to_do():
+    world = World()
+    run(world, TrainState(step=4, position=48, images_seen=48))
+    assert world.acts == ["train mode"]
+
+
+def test_other_ranks_do_the_same_work_and_write_nothing():
+    writing, silent = World(), World()
+    run(writing)
+    run(silent, writes=False)
+    assert silent.acts == [act for act in writing.acts if act[0] not in ("log", "log eval")]
+
+
+def test_without_evaluation_data_nothing_is_evaluated():
+    world = World()
+    run(world, evaluates=False)
+    assert "evaluate" not in world.acts
+    assert [s.step for s in world.saved] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "steps"),
+    [(1, 4, [1, 2, 3, 4]), (2, 4, [2, 4]), (3, 4, [3, 4]), (4, 4, [4]), (9, 4, [4]), (0, 4, [4]), (2, 5, [2, 4, 5])],
+)
+def test_due_every_so_many_steps_and_after_the_last(every, total, steps):
+    assert [step for step in range(1, total + 1) if due(step, every, total)] == steps
+
+
+def test_a_line_tells_what_the_step_measured(monkeypatch):
+    now_s = iter(range(100))  # every look at the clock takes a second
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(now_s)))
+    monkeypatch.setattr(trainer.time, "time", lambda: 1234.5)
+    world = World(ranks=3)
+    run(world, plan=replace(PLAN, total_steps=1, peak_flops=2e9))
+    assert world.lines == [
+        {
+            "step": 1,
+            "images_seen": 12,
+            "loss": 0.5,  # mean of the two micro-batches, mean over the ranks
+            "lr": 0.0,
+            "grad_norm": 7.0,
+            "images_per_s": 12 / 5,
+            "mfu": (12 / 5) * 1e9 / (3 * 2e9),  # all images of the step over the peak of all devices
+            "data_wait_s": 2.0,  # one second for each of two micro-batches
+            "step_s": 5.0,
+            "samples_hash": f"{(1 << 64) - 19:016x}",  # (-10) + (-9) modulo 2^64
+            "skipped": 0,
+            "bad_images": 0,
+            "at_unix_s": 1234.5,
+        }
+    ]
+
+
+def test_mfu_is_null_where_the_peak_is_unknown():
+    world = World()
+    run(world)
+    assert [line["mfu"] for line in world.lines] == [None] * 4
+
+
+def test_each_line_is_of_its_own_step_and_no_mean_over_several():
+    world = World()
+    run(world, plan=replace(PLAN, log_every_steps=2))
+    assert [(line["step"], line["loss"]) for line in world.lines] == [(2, 2.5), (4, 6.5)]
+
+
+def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatch):
+    monkeypatch.setenv("VITSCALE_FAULT", "raise@step.end:rank=0:step=3")
+    world = World()
+    with pytest.raises(RuntimeError, match=r"step\.end"):
+        run(world)
+    assert [line["step"] for line in world.lines] == [1, 2]
+    assert world.saved == []
