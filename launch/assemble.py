@@ -5,7 +5,6 @@ carry_out   start the ranks, make the engine, restore, train, evaluate, mark as 
 """
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +18,23 @@ from data_pipeline.loader import eval_stream, train_stream
 from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
 from data_pipeline.order import ORDER_VERSION, Order
 from data_pipeline.storage import check_files
+from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
-from vitscale.base.files import sha256_bytes, sha256_file
-from vitscale.config import Config, from_record, steps_of
+from vitscale.base.errors import HostFault, UsageError
+from vitscale.config import Config, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.model.flops import train_flops
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.planning.peaks import peak_flops_of
-from vitscale.training.checkpoint import (
-    RECORD,
-    TrainState,
-    find_checkpoint,
-    load_checkpoint,
-    newest_valid,
-    save_checkpoint,
-    verify,
-)
+from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.engine import Engine, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import Objective
 from vitscale.training.optim import lr_at, make_optimizer
-from vitscale.training.partitions import consolidate
-from vitscale.training.rundir import CONFIG, Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
 from vitscale.training.trainer import Plan, train
-from vitscale.weights.native import Weights, fit_to, load_weights
+from vitscale.weights.native import Weights, fit_to
 
 EMBEDDED = "digits:"
 EMBEDDED_WAIT_S = 120.0
@@ -230,10 +220,9 @@ def carry_out(job: Job) -> None:
         evaluate()
     if metrics is not None:
         scores = last_scores[-1].as_record() if last_scores else None
-        mark_finished(job.run, {"step": state.step, "images_seen": state.images_seen, "skipped": state.skipped, "eval": scores})
-        result = f": top-1 {scores['top1']:.2%} on {scores['images']} images" if scores else ""
-        metrics.say(f"finished after {state.step} steps{result}; the run is in {job.run}")
-        metrics.close()
+        record = {"step": state.step, "images_seen": state.images_seen, "skipped": state.skipped, "eval": scores}
+        metrics.finish(record)
+        mark_finished(job.run, record)
     leave_ranks()
 
 
@@ -276,49 +265,3 @@ def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *,
         world=engine.world,
     )
     return classify(lambda images_BHWC: objective.logits(engine, images_BHWC), batches, sum_over_ranks=engine.sum_over_ranks)
-
-
-def load_weights_of(text: str) -> Weights:
-    """Weights by name: RUN, RUN@STEP, or a .safetensors file written by launch/export.py.
-
-    From a run, the newest checkpoint that verifies (or the named step) is put together in host memory.
-    """
-    if text.endswith(".safetensors"):
-        return load_weights(Path(text))
-    run, step_directory, record = find_trained(text)
-    config = from_record(json.loads((run / CONFIG).read_text()), origin=str(run / CONFIG))
-    meta = {
-        "source": str(run.resolve()),
-        "step": str(record["state"]["step"]),
-        "classes": json.dumps(record["data"]["classes"]),
-        "eval_crop": str(config.augment.eval_crop),
-    }
-    return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
-
-
-def identity_of(text: str) -> str:
-    """A sha256 that stands for the weights `load_weights_of` would give: of the file, or of the checkpoint's record."""
-    if text.endswith(".safetensors"):
-        if not Path(text).is_file():
-            raise EnvironmentFault(f"expected weights at {text}, found no such file")
-        return sha256_file(Path(text))
-    _, step_directory, _ = find_trained(text)
-    return sha256_bytes((step_directory / RECORD).read_bytes())
-
-
-def find_trained(text: str) -> tuple[Path, Path, dict]:
-    """(run, step directory, its record) of RUN or RUN@STEP."""
-    name, at, step = text.partition("@")
-    run = Path(name)
-    if not (run / CONFIG).is_file():
-        raise EnvironmentFault(f"expected a run directory or a .safetensors file at {name}, found no {CONFIG} there")
-    checkpoints = run / "checkpoints"
-    if not at:
-        return run, *newest_valid(checkpoints)
-    if not step.isdigit():
-        raise UsageError(f"expected RUN@STEP with a number behind @, got {text!r}")
-    path = checkpoints / f"step-{int(step):08d}"
-    complaint, record = verify(path)
-    if complaint is not None:
-        raise EnvironmentFault(f"{path} is not usable: {complaint}")
-    return run, path, record

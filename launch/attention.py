@@ -16,7 +16,7 @@ import torch
 from data_pipeline.augment import eval_view
 from data_pipeline.config import AugmentConfig
 from data_pipeline.decode import BadImage, decode
-from launch.assemble import load_weights_of
+from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.progress import progress
 from vitscale.insight.attention_maps import attention_maps, attention_rollout

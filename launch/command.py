@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.arguments import Parser
-from launch.assemble import EMBEDDED, Job, carry_out, identity_of, make_plan, open_datasets
+from launch.assemble import EMBEDDED, Job, carry_out, make_plan, open_datasets
+from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
 from vitscale.base.files import read_json

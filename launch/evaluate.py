@@ -12,7 +12,7 @@ from data_pipeline.loader import eval_stream
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import check_files
 from launch.arguments import Parser
-from launch.assemble import load_weights_of
+from launch.trained import load_weights_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from launch.arguments import Parser
-from launch.assemble import load_weights_of
+from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.files import sha256_file
 from vitscale.model.flops import parameters

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from data_pipeline.manifest import read_manifest
-from launch.assemble import load_weights_of
 from launch.command import run_training, training_parser
+from launch.trained import load_weights_of
 from vitscale.base.errors import UsageError, run_main
 from vitscale.config import Config
 

@@ -21,6 +21,7 @@ LAYERS = [
     ["launch"],
     ["launch.command"],
     ["launch.assemble"],
+    ["launch.trained"],
     ["launch.arguments"],
     ["vitscale.training.trainer"],
     ["vitscale.evaluation", "vitscale.insight"],

@@ -71,6 +71,14 @@ class Metrics:
         print(sentence, flush=True)
         self._log.write(sentence + "\n")
 
+    def finish(self, record: dict[str, Any]) -> None:
+        """The last word about a finished run: to status.json and to the screen; then close."""
+        scores = record["eval"]
+        result = f": top-1 {scores['top1']:.2%} on {scores['images']} images" if scores else ""
+        write_json(self.run / "status.json", _finite({"phase": "finished", "total_steps": self.total_steps, **record}))
+        self.say(f"finished after {record['step']} steps{result}; the run is in {self.run}")
+        self.close()
+
     def close(self) -> None:
         self._board.close()
         self._file.close()

@@ -155,9 +155,11 @@ def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path
         clock.now_s = 1000.0 + 1.5 * step
         metrics.log_step(line_of(step))
         seen.append(json.loads((tmp_path / "status.json").read_text())["step"])
-    metrics.close()
     assert seen == [1, 1, 1, 1, 5, 5, 5, 5, 9, 10]
     assert json.loads((tmp_path / "status.json").read_text()) == {"phase": "training", "total_steps": 10, **line_of(10)}
+    record = {"step": 10, "images_seen": 960, "skipped": 0, "eval": None}
+    metrics.finish(record)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"phase": "finished", "total_steps": 10, **record}
 
 
 def test_trouble_goes_to_stderr(capsys):

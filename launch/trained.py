@@ -1,0 +1,58 @@
+"""Trained weights by the names people give them: RUN, RUN@STEP, or a file."""
+
+import json
+from pathlib import Path
+
+from vitscale.base.errors import EnvironmentFault, UsageError
+from vitscale.base.files import sha256_bytes, sha256_file
+from vitscale.config import from_record
+from vitscale.training.checkpoint import RECORD, newest_valid, verify
+from vitscale.training.partitions import consolidate
+from vitscale.training.rundir import CONFIG
+from vitscale.weights.native import Weights, load_weights
+
+
+def load_weights_of(text: str) -> Weights:
+    """Weights by name: RUN, RUN@STEP, or a .safetensors file written by launch/export.py.
+
+    From a run, the newest checkpoint that verifies (or the named step) is put together in host memory.
+    """
+    if text.endswith(".safetensors"):
+        return load_weights(Path(text))
+    run, step_directory, record = find_trained(text)
+    config = from_record(json.loads((run / CONFIG).read_text()), origin=str(run / CONFIG))
+    meta = {
+        "source": str(run.resolve()),
+        "step": str(record["state"]["step"]),
+        "classes": json.dumps(record["data"]["classes"]),
+        "eval_crop": str(config.augment.eval_crop),
+    }
+    return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
+
+
+def identity_of(text: str) -> str:
+    """A sha256 that stands for the weights `load_weights_of` would give: of the file, or of the checkpoint's record."""
+    if text.endswith(".safetensors"):
+        if not Path(text).is_file():
+            raise EnvironmentFault(f"expected weights at {text}, found no such file")
+        return sha256_file(Path(text))
+    _, step_directory, _ = find_trained(text)
+    return sha256_bytes((step_directory / RECORD).read_bytes())
+
+
+def find_trained(text: str) -> tuple[Path, Path, dict]:
+    """(run, step directory, its record) of RUN or RUN@STEP."""
+    name, at, step = text.partition("@")
+    run = Path(name)
+    if not (run / CONFIG).is_file():
+        raise EnvironmentFault(f"expected a run directory or a .safetensors file at {name}, found no {CONFIG} there")
+    checkpoints = run / "checkpoints"
+    if not at:
+        return run, *newest_valid(checkpoints)
+    if not step.isdigit():
+        raise UsageError(f"expected RUN@STEP with a number behind @, got {text!r}")
+    path = checkpoints / f"step-{int(step):08d}"
+    complaint, record = verify(path)
+    if complaint is not None:
+        raise EnvironmentFault(f"{path} is not usable: {complaint}")
+    return run, path, record
