@@ -130,6 +130,6 @@ class _Meter:
             "step_s": step_s,
             "samples_hash": f"{engine.sum_modulo_2_64(self.samples_hash % (1 << 64)):016x}",
             "skipped": state.skipped,
-            "bad_images": 0,
+            "bad_images": 0,  # the first one ends the run (exit 78)
             "at_unix_s": time.time(),
         }
