@@ -131,7 +131,8 @@ def save_checkpoint(
         fault_point("checkpoint.latest", rank=0, step=state.step)
         write_bytes(checkpoints / "latest", final.name.encode())
         for path in to_delete(candidates(checkpoints), keep_last=keep_last, keep_every=keep_every):
-            shutil.rmtree(path)
+            # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
+            shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
     barrier()
     return final
 
