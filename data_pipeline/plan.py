@@ -26,7 +26,9 @@ def relabel(labels: np.ndarray, classes: tuple[str, ...], wanted: tuple[str, ...
     number_of = np.full(len(classes) + 1, -1, np.int32)  # the last entry serves label -1
     for number, name in enumerate(wanted):
         if name not in classes:
-            raise UsageError(f"--classes: the source has no class {name!r}{nearest(name, classes)} ({len(classes)} classes)")
+            raise UsageError(
+                f"--classes: the source has no class {name!r} among its {len(classes)} classes{nearest(name, classes)}"
+            )
         if wanted.index(name) != number:
             raise UsageError(f"--classes: expected each class once, got {name!r} twice")
         number_of[classes.index(name)] = number

@@ -218,7 +218,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         if path not in _settings():
             sections = dict.fromkeys(key.partition(".")[0] for key in [*_settings(), "ds"])
             raise UsageError(
-                f"there is no setting {path!r}{nearest(path, [*_settings(), 'ds.PATH'])}; sections: {', '.join(sections)}"
+                f"there is no setting {path!r} (sections: {', '.join(sections)}){nearest(path, [*_settings(), 'ds.PATH'])}"
             )
         section, _, key = path.partition(".")
         record[section][key] = _value_of(text)

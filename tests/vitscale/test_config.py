@@ -91,11 +91,20 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.dept=7", "there is no setting 'model.dept'; did you mean 'model.depth'"),
-        ("optm.peak_lr=1", "there is no setting 'optm.peak_lr'; did you mean 'optim.peak_lr'"),
+        (
+            "model.dept=7",
+            "there is no setting 'model.dept' (sections: model, optim, train, data, augment, run, ds); did you mean 'model.depth'",
+        ),
+        (
+            "optm.peak_lr=1",
+            "there is no setting 'optm.peak_lr' (sections: model, optim, train, data, augment, run, ds); did you mean 'optim.peak_lr'",
+        ),
         ("depth=7", "sections: model, optim, train, data, augment, run, ds"),
         ("recipe=other", "there is no setting 'recipe'"),
-        ("model.depth.x=1", "there is no setting 'model.depth.x'; did you mean 'model.depth'"),
+        (
+            "model.depth.x=1",
+            "there is no setting 'model.depth.x' (sections: model, optim, train, data, augment, run, ds); did you mean 'model.depth'",
+        ),
         ("model=7", "there is no setting 'model'"),
         ("--depth", "expected section.key=value, got '--depth'"),
         ("model.depth=deep", "model.depth: expected a whole number, got 'deep'"),

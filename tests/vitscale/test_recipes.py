@@ -20,7 +20,7 @@ def test_a_recipe_bears_the_name_it_is_found_by_and_says_how_to_run_it(name):
 
 
 def test_a_wrong_name_is_answered_with_the_nearest_and_the_list():
-    with pytest.raises(UsageError, match=r"no recipe 'digit'; did you mean 'digits'\?; recipes: cifar10, digits, finetune"):
+    with pytest.raises(UsageError, match=r"no recipe 'digit' among cifar10, digits, finetune; did you mean 'digits'\?"):
         recipe_named("digit")
 
 

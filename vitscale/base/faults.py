@@ -35,7 +35,7 @@ def fault_point(where: str, **here: int) -> None:
         return
     for name, value in conditions.items():
         if name not in here:
-            raise UsageError(f"VITSCALE_FAULT: {point} has no {name!r}{nearest(name, here)}; it has {', '.join(here)}")
+            raise UsageError(f"VITSCALE_FAULT: {point} has no {name!r}, it has {', '.join(here)}{nearest(name, here)}")
         if here[name] != value:
             return
     if action == "raise":
@@ -51,9 +51,7 @@ def _parse(order: str) -> tuple[str, str, dict[str, int]]:
             f"VITSCALE_FAULT: expected one of {', '.join(ACTIONS)} before @, got {action!r}{nearest(action, ACTIONS)}"
         )
     if point not in POINTS:
-        raise UsageError(
-            f"VITSCALE_FAULT: there is no fault point {point!r}{nearest(point, POINTS)}; points: {', '.join(POINTS)}"
-        )
+        raise UsageError(f"VITSCALE_FAULT: there is no fault point {point!r} among {', '.join(POINTS)}{nearest(point, POINTS)}")
     conditions = {}
     for pair in pairs:
         name, _, value = pair.partition("=")

@@ -13,5 +13,5 @@ RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe i
 def recipe_named(name: str) -> Config:
     """The configuration of a recipe; UsageError with the nearest name when there is none."""
     if name not in RECIPES:
-        raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
+        raise UsageError(f"there is no recipe {name!r} among {', '.join(RECIPES)}{nearest(name, RECIPES)}")
     return RECIPES[name]()

@@ -50,7 +50,7 @@ def test_kill_and_stop_are_signals_nobody_can_catch(monkeypatch, action, number)
         ("kill", "there is no fault point ''"),
         ("kill@step.end:rank", "expected NAME=NUMBER after the point, got 'rank'"),
         ("kill@step.end:rank=one", "got 'rank=one'"),
-        ("kill@step.end:stpe=3", "step.end has no 'stpe'; did you mean 'step'"),
+        ("kill@step.end:stpe=3", "step.end has no 'stpe', it has rank, step; did you mean 'step'"),
     ],
 )
 def test_a_wrong_word_is_refused(monkeypatch, order, said):
