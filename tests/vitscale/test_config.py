@@ -33,6 +33,9 @@ def digits(*overrides: str) -> Config:
 # ---- round trip -------------------------------------------------------------------------------------------------
 
 
+SECTIONS = "(sections: model, optim, train, data, augment, run, ds)"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_json_exactly(name):
     config = recipe_named(name)
@@ -93,17 +96,17 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
     [
         (
             "model.dept=7",
-            "there is no setting 'model.dept' (sections: model, optim, train, data, augment, run, ds); did you mean 'model.depth'",
+            f"there is no setting 'model.dept' {SECTIONS}; did you mean 'model.depth'",
         ),
         (
             "optm.peak_lr=1",
-            "there is no setting 'optm.peak_lr' (sections: model, optim, train, data, augment, run, ds); did you mean 'optim.peak_lr'",
+            f"there is no setting 'optm.peak_lr' {SECTIONS}; did you mean 'optim.peak_lr'",
         ),
         ("depth=7", "sections: model, optim, train, data, augment, run, ds"),
         ("recipe=other", "there is no setting 'recipe'"),
         (
             "model.depth.x=1",
-            "there is no setting 'model.depth.x' (sections: model, optim, train, data, augment, run, ds); did you mean 'model.depth'",
+            f"there is no setting 'model.depth.x' {SECTIONS}; did you mean 'model.depth'",
         ),
         ("model=7", "there is no setting 'model'"),
         ("--depth", "expected section.key=value, got '--depth'"),
