@@ -9,7 +9,7 @@ def digits() -> Config:
 
     Command:  deepspeed launch/pretrain.py
     Hardware: 2 CPU cores, about a minute
-    Reached:  97.5 % top-1 on the 359 held-out images
+    Reached:  98.05 % top-1 on the 359 held-out images (one rank; 97.5 % on two)
     Source:   our own; the data set is Alpaydin & Kaynak 1998 (UCI), as embedded in scikit-learn
     """
     return Config(
