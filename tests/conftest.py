@@ -1,5 +1,18 @@
-"""One thread in the test process: a thread pool of OpenMP does not survive the fork that starts ranks and workers."""
+"""One thread in the test process: a pool of OpenMP threads does not survive the fork that starts ranks and workers."""
+
+import os
 
 import torch
 
+TEST_PROCESS = os.getpid()
+set_num_threads = torch.set_num_threads
+
+
+def set_num_threads_in_children(count: int) -> None:
+    """Ranks may have threads; the process they are forked from may not, or they would wait for ever."""
+    assert count == 1 or os.getpid() != TEST_PROCESS, "use more than one thread in a forked process only"
+    set_num_threads(count)
+
+
+torch.set_num_threads = set_num_threads_in_children
 torch.set_num_threads(1)
