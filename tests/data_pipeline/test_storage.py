@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,10 +86,10 @@ def test_a_read_that_comes_in_pieces_is_put_together(dataset, monkeypatch):
     assert LocalStorage(dataset[0]).read(2, 3) == whole
 
 
-def open_tars() -> list[str]:
-    """Paths of the tars this process holds open."""
-    paths = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
-    return [path for path in paths if path.endswith(".tar")]
+def open_tars(directory: Path) -> list[Path]:
+    """The tars of one dataset that this process holds open; other tests may have left theirs to the garbage collector."""
+    paths = [Path(os.path.realpath(f"/proc/self/fd/{number}")) for number in os.listdir("/proc/self/fd")]
+    return [path for path in paths if path.suffix == ".tar" and path.parent == directory.resolve()]
 
 
 def test_indexes_and_open_files_stay_bounded(dataset, monkeypatch):
@@ -100,9 +101,9 @@ def test_indexes_and_open_files_stay_bounded(dataset, monkeypatch):
     keys = [store.read(shard, 0).key for shard in (0, 1, 0, 2, 2, 0, 3, 1)]
     assert [int(key) for key in keys] == [0, 3, 0, 4, 4, 0, 8, 3]
     assert loads == [0, 1, 2, 0, 3, 1]  # 0 and 1 fit; 2 drives both out; then 0 drives out 2; 0, 3 fit; 1 drives nothing new
-    assert len(open_tars()) == 2
+    assert len(open_tars(dataset[0].directory)) == 2
     store.close()
-    assert open_tars() == []
+    assert open_tars(dataset[0].directory) == []
     assert store.read(0, 0).key == b"000000000"
 
 
