@@ -1,7 +1,7 @@
 """Put a run together: configuration → datasets, streams, model, engine. The only place where data and training meet.
 
-resolve     pure reading, no process group: configuration, DeepSpeed settings, datasets, what a resume allows
-carry_out   start the ranks, make the engine, restore, train, evaluate, mark as finished
+open_datasets, make_plan   before a process group exists: datasets that fit the model, lengths in steps
+carry_out                  start the ranks, make the engine, restore, train, evaluate, mark as finished
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def _provide_embedded(source: str, directory: Path, cluster: Cluster) -> None:
         time.sleep(0.1)
 
 
-def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
+def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
     """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
 
     def steps(name: str, length: int | str, total: int | None) -> int:

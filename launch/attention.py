@@ -6,7 +6,6 @@ A row: the image as the model sees it, the attention of the class token in the l
 and each head of the last layer. A directory given to --images stands for its first 16 images by name.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from data_pipeline.augment import eval_view
 from data_pipeline.config import AugmentConfig
 from data_pipeline.decode import BadImage, decode
+from launch.arguments import Parser
 from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.progress import progress
@@ -30,7 +30,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=str(__doc__))
     parser.add_argument("--from", dest="source", required=True, metavar="RUN|WEIGHTS")
     parser.add_argument("--images", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")

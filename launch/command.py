@@ -59,6 +59,8 @@ def run_training(
         if args.world < 1:
             raise UsageError(f"--world must be at least 1, got {args.world}")
         cluster = dataclasses.replace(cluster, world=args.world, local_world=1)
+    if args.dry_run and cluster.rank > 0:
+        return  # rank 0 says it all, and embedded data that it builds in passing is seen by no other rank
     if args.recipe and args.config:
         raise UsageError("give one of --recipe and --config, not both")
 
@@ -82,7 +84,7 @@ def run_training(
         # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
         place = Path(scratch) if args.dry_run and stored is None else run
         config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
-    plan, warmup_steps, keep_every_steps = make_plan(config, ds, train_data.images)
+    plan, warmup_steps, keep_every_steps = make_plan(config, train_data.images)
     found = differences(stored, config) if stored is not None else []
     refuse_result_changes(run, found)
     job = Job(

@@ -75,6 +75,17 @@ def test_a_wrong_word_is_one_sentence(datasets, tmp_path, monkeypatch, arguments
         assert part in lines[0], f"{part!r} is not in {lines[0]!r}"
 
 
+def test_a_dry_run_on_several_ranks_is_said_once_and_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run("pretrain", "--dry-run", said=tmp_path / "said.txt", world=2)
+    assert said.count("global batch") == 1 and "96 = 2 ranks" in said
+
+
+def test_a_wrong_flag_of_attention_is_one_sentence(tmp_path):
+    said = run("attention", "--form", "x", said=tmp_path / "said.txt", code=2)
+    assert len(said.splitlines()) == 1 and said.startswith("error: ")
+
+
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = run("pretrain", "--dry-run", "--world", "8", said=tmp_path / "said.txt")
