@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from data_pipeline.config import AugmentConfig
-from data_pipeline.decode import resize
+from data_pipeline.decode import decode, oriented, resize
 from data_pipeline.order import Purpose, draws
 
 CROP_TRIES = 10
@@ -41,6 +41,19 @@ def eval_view(image: np.ndarray, *, augment: AugmentConfig, image_size: int) -> 
     scale = round(image_size / augment.eval_crop) / short
     resized = resize(image, width=round(width * scale), height=round(height * scale))
     return _centre(resized, height=image_size, width=image_size)
+
+
+def fill_train(
+    out_HWC: np.ndarray, content: bytes, *, orientation: int, augment: AugmentConfig, seed: int, position: int
+) -> None:
+    """Decode an encoded image and put its training view into `out_HWC`. Raises BadImage."""
+    view = train_view(decode(content), augment=augment, image_size=len(out_HWC), seed=seed, position=position)
+    out_HWC[:] = oriented(view, orientation)
+
+
+def fill_eval(out_HWC: np.ndarray, content: bytes, *, orientation: int, augment: AugmentConfig) -> None:
+    """Decode an encoded image and put its evaluation view into `out_HWC`. Raises BadImage."""
+    out_HWC[:] = oriented(eval_view(decode(content), augment=augment, image_size=len(out_HWC)), orientation)
 
 
 def _crop(image: np.ndarray, *, augment: AugmentConfig, tries: np.ndarray) -> tuple[int, int, int, int]:

@@ -2,7 +2,7 @@
 
 Formats: jpg, png, webp (first frame). Grayscale becomes three equal channels; palettes and CMYK become RGB; an alpha
 channel is dropped, as torchvision and timm do; of 16-bit channels the high byte is kept, as libpng does. The EXIF
-orientation is not applied: pixels stay as they are stored, for training and evaluation alike.
+orientation stands in the index of the shard; `oriented` applies it.
 """
 
 import io
@@ -28,6 +28,7 @@ Reason = Literal["truncated", "unknown-format", "too-many-pixels", "decode-error
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_END = b"\xff\xd9"
+_EXIF_ORIENTATION = 0x0112
 
 
 class BadImage(Exception):
@@ -49,17 +50,17 @@ class ImageHeader:
     format: Format
     width: int
     height: int
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 where nothing is said."""
 
 
 def image_header(content: bytes) -> ImageHeader:
     """Format and size, read from the header alone. Raises BadImage."""
     image_format = _format_of(content)
-    if image_format == "jpg":
-        height, width, _, _ = _jpeg_header(content)
-    else:
-        with _open(content, image_format) as image:
-            width, height = image.size
-    return ImageHeader(format=image_format, width=width, height=height)
+    with _open(content, image_format) as image:
+        width, height = image.size
+        orientation = _orientation(image)
+    return ImageHeader(format=image_format, width=width, height=height, orientation=orientation)
 
 
 def decode_full(content: bytes, *, max_pixels: int) -> np.ndarray:
@@ -114,6 +115,15 @@ def resize(image: np.ndarray, *, width: int, height: int) -> np.ndarray:
     return image
 
 
+def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
+    """The image as its EXIF orientation asks to be shown (Exif 2.32, tag 274)."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return image[::-1] if orientation in (3, 4, 7, 8) else image
+
+
 def _format_of(content: bytes) -> Format:
     if not content:
         raise BadImage("empty", "0 bytes")
@@ -124,6 +134,14 @@ def _format_of(content: bytes) -> Format:
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return "webp"
     raise BadImage("unknown-format", f"expected jpg, png or webp, the bytes begin with {content[:8].hex(' ')}")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):  # damaged metadata say nothing
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _jpeg_header(content: bytes) -> tuple[int, int, str, str]:

@@ -10,6 +10,7 @@ DIR/
 The index of a shard is loaded on demand: memory does not grow with the dataset.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,21 @@ import pyarrow.parquet as pq
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import canonical_json, read_json, sha256_bytes, write_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
+LOCATION = "location.json"
 
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("image_offset", pa.int64()),  # of the image bytes in the tar
         ("image_size", pa.int64()),  # bytes
-        ("label", pa.int32()),  # -1: no label
+        ("label", pa.int32()),  # the first label; -1: no label
+        ("labels", pa.list_(pa.int32())),  # all labels, where images may have several; else null
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("orientation", pa.int8()),  # EXIF: 1 as stored, 2 to 8 mirrored or turned for display
         ("format", pa.string()),  # jpg, png, webp: the member's extension
         ("image_xxh3", pa.uint64()),  # of the stored image bytes
         ("source", pa.string()),  # where the input came from, as the source names it
@@ -63,9 +67,13 @@ class Manifest:
     directory: Path
     fingerprint: str
     """sha256 of manifest.json."""
+    tars_at: str
+    """Directory or URL that holds the tars: the directory itself, unless its location.json names another."""
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     """Name of label i at position i; empty for images without labels."""
+    most_labels: int
+    """Labels of the image that has most: 0 (no labels), 1, or more."""
     images_read: int
     """Inputs found; images_read = images + rejected."""
     rejected: dict[str, int]
@@ -87,6 +95,10 @@ class ShardIndex:
     image_offset: np.ndarray
     image_size: np.ndarray
     label: np.ndarray
+    """The first label of each image; -1: none."""
+    labels: list[np.ndarray] | None
+    """All labels of each image, where images may have several."""
+    orientation: np.ndarray
     image_xxh3: np.ndarray
 
 
@@ -98,6 +110,7 @@ def write_manifest(
     images_read: int,
     rejected: dict[str, int],
     build: dict[str, Any],
+    most_labels: int = 1,
 ) -> Manifest:
     """Write manifest.json atomically, as the last act of a build, and return it as read back."""
     images = sum(shard.images for shard in shards)
@@ -107,6 +120,7 @@ def write_manifest(
         "shards": [vars(shard) for shard in shards],
         "images": images,
         "classes": classes,
+        "most_labels": most_labels,
         "images_read": images_read,
         "rejected": rejected,
         "build": build,
@@ -135,6 +149,8 @@ def read_manifest(directory: Path) -> Manifest:
             fingerprint=sha256_bytes(path.read_bytes()),
             shards=tuple(Shard(**shard) for shard in record["shards"]),
             classes=tuple(record["classes"]),
+            most_labels=record["most_labels"],
+            tars_at=_tars_at(directory),
             images_read=record["images_read"],
             rejected=dict(record["rejected"]),
             build=dict(record["build"]),
@@ -147,7 +163,7 @@ def read_index(manifest: Manifest, shard: int) -> ShardIndex:
     """Read the index of shard number `shard`. Raises EnvironmentFault naming a missing or damaged file."""
     record = manifest.shards[shard]
     path = manifest.directory / f"{record.name}.parquet"
-    columns = ["key", "image_offset", "image_size", "label", "image_xxh3"]
+    columns = ["key", "image_offset", "image_size", "label", "labels", "orientation", "image_xxh3"]
     try:
         # In the calling thread: data workers are forked, and pq.read_table would start threads in each of them.
         with pq.ParquetFile(path) as file:
@@ -158,8 +174,18 @@ def read_index(manifest: Manifest, shard: int) -> ShardIndex:
         raise EnvironmentFault(
             f"{path}: expected {record.images} rows as in {MANIFEST}, got {table.num_rows}; rebuild the dataset"
         )
-    numbers = {name: table[name].to_numpy() for name in columns[1:]}
-    return ShardIndex(keys=np.array(table["key"].to_pylist(), dtype="S"), **numbers)
+    numbers = {name: table[name].to_numpy() for name in columns[1:] if name != "labels"}
+    labels = None
+    if table["labels"].null_count == 0 and manifest.most_labels > 1:
+        lists = table["labels"].combine_chunks()
+        values, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+        labels = [values[start:end] for start, end in itertools.pairwise(ends.tolist())]
+    return ShardIndex(keys=np.array(table["key"].to_pylist(), dtype="S"), labels=labels, **numbers)
+
+
+def _tars_at(directory: Path) -> str:
+    location = directory / LOCATION
+    return str(read_json(location)["tars_at"]) if location.exists() else str(directory)
 
 
 def write_table(path: Path, columns: Mapping[str, Any], *, schema: pa.Schema | None = None) -> None:

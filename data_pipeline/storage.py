@@ -12,6 +12,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from io import FileIO
 
+import numpy as np
+
 from data_pipeline.manifest import Manifest, ShardIndex, read_index
 from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
 from vitscale.base.files import xxh3_64
@@ -30,7 +32,10 @@ class Stored:
 
     key: bytes
     label: int
-    """-1: no label."""
+    """The first label; -1: no label."""
+    labels: np.ndarray | None
+    """All labels, where images may have several."""
+    orientation: int
     content: bytes
     """The encoded image."""
 
@@ -66,7 +71,13 @@ class LocalStorage:
             raise self._damage(shard, key, f"expected {size} bytes of image, the file ends after {len(content)}")
         if xxh3_64(content) != int(index.image_xxh3[row]):
             raise self._damage(shard, key, "the image bytes do not have the hash that the index holds")
-        return Stored(key=key, label=int(index.label[row]), content=content)
+        return Stored(
+            key=key,
+            label=int(index.label[row]),
+            labels=index.labels[row] if index.labels is not None else None,
+            orientation=int(index.orientation[row]),
+            content=content,
+        )
 
     def name(self, shard: int, key: bytes) -> str:
         """`image KEY of shard NAME in DIR`, for messages."""

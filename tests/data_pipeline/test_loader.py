@@ -16,8 +16,9 @@ import torch
 
 from data_pipeline.augment import eval_view
 from data_pipeline.config import AugmentConfig, DataConfig
-from data_pipeline.loader import MicroBatch, Stream, eval_stream, sample_hash, train_stream
+from data_pipeline.loader import eval_stream, sample_hash, train_stream
 from data_pipeline.manifest import Manifest
+from data_pipeline.stream import MicroBatch, Stream
 from tests.helpers.shards import numbered_images, numbered_labels, write_dataset
 from vitscale.base.errors import BadDataError, HostFault, UsageError
 from vitscale.base.files import xxh3_64

@@ -63,7 +63,7 @@ def _write_shard(directory: Path, name: str, keys: list[str], pictures: Sequence
                 tar.addfile(info, io.BytesIO(member))
             height, width = (0, 0) if isinstance(picture, bytes) else picture.shape[:2]
             image_hash = xxh3_64(content)
-            rows.append((key, offset, len(content), label, width, height, ending, image_hash, key, image_hash))
+            rows.append((key, offset, len(content), label, None, width, height, 1, ending, image_hash, key, image_hash))
     columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in INDEX_SCHEMA]
     pq.write_table(pa.table(dict(zip(INDEX_SCHEMA.names, columns, strict=True)), schema=INDEX_SCHEMA), index_path)
     return Shard(
