@@ -19,12 +19,14 @@ from webdataset.writer import TarWriter
 
 from data_pipeline.config import BuildConfig
 from data_pipeline.decode import image_header
+from data_pipeline.listing import Listing, write_listing
 from data_pipeline.manifest import INDEX_SCHEMA, REJECTS, REJECTS_SCHEMA, Manifest, Shard, write_manifest, write_table
-from data_pipeline.plan import BAD, GOOD, UNREAD, permutation, plan_hash, relabel, shard_bounds
+from data_pipeline.plan import BAD, GOOD, UNREAD, permutation, plan_hash, shard_bounds
 from data_pipeline.processes import disk_faults, run_tasks, watched
 from data_pipeline.scan import Scan, ScanSetup, scan_inputs, spill_path
-from data_pipeline.source import Inputs, Source, open_source
-from data_pipeline.workshop import TIMM_INFO, WORK, begin_or_continue, claimed, finished_dataset, keep_plan, options_of
+from data_pipeline.source import Source, Wanted
+from data_pipeline.sources.open import open_source
+from data_pipeline.workshop import LIST, TIMM_INFO, WORK, begin_or_continue, claimed, finished_dataset, keep_plan, options_of
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
 from vitscale.base.faults import fault_point
 from vitscale.base.files import fsync_path, publish, read_json, sha256_file, write_json, xxh3_64
@@ -46,9 +48,8 @@ class ShardTask:
     """One shard of the plan; row i of every field is slot i."""
 
     number: int
-    numbers: np.ndarray
+    wanted: Wanted
     labels: np.ndarray
-    names: list[str]
     sizes: np.ndarray
     hashes: np.ndarray
     pieces: np.ndarray
@@ -71,10 +72,11 @@ def build_dataset(config: BuildConfig, out: Path, *, workers: int, show_progress
         if (finished := finished_dataset(config, out)) is not None:
             return finished
         source = open_source(config.source)
-        inputs, listed = _selected(source.list_inputs(), config)
         out.mkdir(parents=True, exist_ok=True)
         with claimed(out):
-            begin_or_continue(config, out, inputs)
+            listing = write_listing(source, out / WORK / LIST)
+            inputs = _selected(listing, config)
+            begin_or_continue(config, out, listing)
             setup = ScanSetup(source=source, directory=out / WORK, config=config)
             scan = scan_inputs(setup, inputs, workers=workers, is_shown=show_progress)
             if not (scan.status == GOOD).any():
@@ -88,7 +90,7 @@ def build_dataset(config: BuildConfig, out: Path, *, workers: int, show_progress
             counted = ((shard, shard.images) for shard in written)
             shards = watched(counted, images=len(rows), what="writing", is_shown=show_progress)
             shards.sort(key=lambda shard: (len(shard.name), shard.name))
-            return _complete(config, out, inputs, scan, shards, plan=plan, listed=listed)
+            return _complete(config, out, inputs, scan, shards, plan=plan, listed=len(listing))
 
 
 def write_shard(output: Output, task: ShardTask) -> Shard:
@@ -133,7 +135,7 @@ def _tar_writer(file: BinaryIO) -> TarWriter:
 
 def _write_sample(writer: TarWriter, task: ShardTask, slot: int, content: bytes) -> dict[str, Any]:
     """Append KEY.ext and KEY.cls, and return the row of the index."""
-    key = f"{task.numbers[slot]:09d}"
+    key = f"{task.wanted.numbers[slot]:09d}"
     header = image_header(content)
     offset = writer.tarstream.offset + TAR_HEADER_BYTES
     # Two calls, because one would sort the members and put the label first.
@@ -153,22 +155,24 @@ def _write_sample(writer: TarWriter, task: ShardTask, slot: int, content: bytes)
         "orientation": header.orientation,
         "format": header.format,
         "image_xxh3": image_hash,
-        "source": task.names[slot],
+        "source": task.wanted.names[slot],
         "source_xxh3": image_hash,
     }
 
 
 def _contents(output: Output, task: ShardTask) -> Iterator[bytes]:
     """Source bytes of the shard's images in the order of their slots, compared with the hash of the scan."""
-    for slot, name in enumerate(task.names):
-        if output.source.is_random_access:
-            [content] = output.source.read([int(task.numbers[slot])], [name])
-        else:
-            path = spill_path(output.directory / WORK, int(task.pieces[slot]))
-            content = _pread(path, int(task.offsets[slot]), int(task.sizes[slot]))
+    contents = output.source.read(task.wanted) if output.source.is_random_access else _spilled(output, task)
+    for slot, (name, content) in enumerate(zip(task.wanted.names, contents, strict=True)):
         if not isinstance(content, bytes) or xxh3_64(content) != task.hashes[slot]:
             raise UsageError(f"{name} has changed since the build began; start over with --replan")
         yield content
+
+
+def _spilled(output: Output, task: ShardTask) -> Iterator[bytes]:
+    for slot in range(len(task.wanted)):
+        path = spill_path(output.directory / WORK, int(task.pieces[slot]))
+        yield _pread(path, int(task.offsets[slot]), int(task.sizes[slot]))
 
 
 def _pread(path: Path, offset: int, size: int) -> bytes:
@@ -194,37 +198,35 @@ def _kept(record: Path, tar: Path, index: Path) -> Shard | None:
     return shard if is_whole and sha256_file(index) == shard.index_sha256 else None
 
 
-def _selected(inputs: Inputs, config: BuildConfig) -> tuple[Inputs, int]:
-    """The inputs of the wanted classes, and how many the source lists."""
-    listed = len(inputs.numbers)
+def _selected(inputs: Listing, config: BuildConfig) -> Listing:
+    """The inputs of the wanted classes."""
     if inputs.numbers[-1] >= MOST_INPUTS:
-        raise UsageError(f"expected at most {MOST_INPUTS:,} inputs, {config.source} lists {listed:,}; split the source")
+        raise UsageError(f"expected at most {MOST_INPUTS:,} inputs, {config.source} lists {len(inputs):,}; split the source")
     if config.per_class is not None and not inputs.classes:
         raise UsageError(f"--per-class needs classes, and {config.source} has no labels; drop --per-class")
     if config.classes is None:
-        return inputs, listed
-    rows, labels = relabel(inputs.labels, inputs.classes, config.classes)
-    if not len(rows):
+        return inputs
+    narrowed = inputs.narrowed(config.classes)
+    if not len(narrowed):
         raise UsageError(f"--classes: {config.source} has no image of {', '.join(config.classes)}; name other classes")
-    return inputs.rows(rows, labels=labels, classes=config.classes), listed
+    return narrowed
 
 
-def _plan(config: BuildConfig, inputs: Inputs, scan: Scan) -> tuple[np.ndarray, dict[str, Any]]:
+def _plan(config: BuildConfig, inputs: Listing, scan: Scan) -> tuple[np.ndarray, dict[str, Any]]:
     """Rows of the survivors in the order they are stored, and the record of the plan."""
     survivors = np.flatnonzero(scan.status == GOOD)
     sha256 = plan_hash(options_of(config), inputs.numbers[survivors], scan.hashes[survivors], inputs.labels[survivors])
     return survivors[permutation(len(survivors), config.seed)], {"plan_sha256": sha256, "images": len(survivors)}
 
 
-def _tasks(config: BuildConfig, inputs: Inputs, scan: Scan, rows: np.ndarray) -> Iterator[ShardTask]:
+def _tasks(config: BuildConfig, inputs: Listing, scan: Scan, rows: np.ndarray) -> Iterator[ShardTask]:
     bounds = shard_bounds(scan.sizes[rows], shard_bytes=config.shard_bytes, shard_images=config.shard_images)
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         part = rows[start:stop]
         yield ShardTask(
             number=number,
-            numbers=inputs.numbers[part],
+            wanted=inputs.wanted(part),
             labels=inputs.labels[part],
-            names=inputs.names_of(part),
             sizes=scan.sizes[part],
             hashes=scan.hashes[part],
             pieces=scan.pieces[part],
@@ -233,7 +235,7 @@ def _tasks(config: BuildConfig, inputs: Inputs, scan: Scan, rows: np.ndarray) ->
 
 
 def _complete(
-    config: BuildConfig, out: Path, inputs: Inputs, scan: Scan, shards: list[Shard], *, plan: dict[str, Any], listed: int
+    config: BuildConfig, out: Path, inputs: Listing, scan: Scan, shards: list[Shard], *, plan: dict[str, Any], listed: int
 ) -> Manifest:
     """Write rejects, timm's list and the manifest, in this order, and clear the workshop."""
     bad = np.flatnonzero(scan.status == BAD)
@@ -269,7 +271,7 @@ def _complete(
     return manifest
 
 
-def _commonest(scan: Scan, inputs: Inputs) -> tuple[str, str]:
+def _commonest(scan: Scan, inputs: Listing) -> tuple[str, str]:
     """The most frequent reason of a reject, and an input that has it."""
     reasons = [reason for reason, _ in scan.reasons.values()]
     reason = max(sorted(set(reasons)), key=reasons.count)

@@ -10,31 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from vitscale.base.errors import UsageError, nearest
 from vitscale.base.files import canonical_json
 
 UNREAD, GOOD, BAD = 0, 1, 2
 # Separates the draws of the build from all other uses of a seed.
 _PURPOSE = 0x6275696C64  # "build"
-
-
-def relabel(labels: np.ndarray, classes: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose class is wanted, and their labels in the order of `wanted`.
-
-    Raises UsageError for an unknown class, or for one named twice.
-    """
-    number_of = np.full(len(classes) + 1, -1, np.int32)  # the last entry serves label -1
-    for number, name in enumerate(wanted):
-        if name not in classes:
-            raise UsageError(
-                f"--classes: the source has no class {name!r} among its {len(classes)} classes{nearest(name, classes)}"
-            )
-        if wanted.index(name) != number:
-            raise UsageError(f"--classes: expected each class once, got {name!r} twice")
-        number_of[classes.index(name)] = number
-    mapped = number_of[labels]
-    rows = np.flatnonzero(mapped >= 0)
-    return rows, mapped[rows]
 
 
 def candidates(labels: np.ndarray, status: np.ndarray, per_class: int | None) -> np.ndarray:

@@ -16,10 +16,11 @@ import numpy as np
 
 from data_pipeline.config import BuildConfig
 from data_pipeline.decode import BadImage, decode_full
+from data_pipeline.listing import Listing
 from data_pipeline.manifest import read_table, write_table
 from data_pipeline.plan import BAD, GOOD, UNREAD, candidates
 from data_pipeline.processes import run_tasks, watched
-from data_pipeline.source import Inputs, Source, Unusable
+from data_pipeline.source import Source, Unusable, Wanted
 from vitscale.base.errors import BadDataError
 from vitscale.base.files import publish, xxh3_64
 
@@ -57,19 +58,18 @@ class ScanSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of inputs to read; numbers and names of equal length."""
+    """A run of inputs to read."""
 
     piece: int
-    numbers: np.ndarray
-    names: list[str]
+    wanted: Wanted
 
 
-def scan_inputs(setup: ScanSetup, inputs: Inputs, *, workers: int, is_shown: bool) -> Scan:
+def scan_inputs(setup: ScanSetup, inputs: Listing, *, workers: int, is_shown: bool) -> Scan:
     """Read what the options select, in as many rounds as bad images under --per-class ask for.
 
     Raises BadDataError at a bad image when the options say stop.
     """
-    count = len(inputs.numbers)
+    count = len(inputs)
     scan = Scan(
         status=np.full(count, UNREAD, np.int8),
         sizes=np.zeros(count, np.int64),
@@ -97,8 +97,8 @@ def scan_piece(setup: ScanSetup, piece: Piece) -> int:
     rows: list[tuple[int, int, str, str]] = []  # size, hash, reason, detail
     spill_temporary = setup.directory / f"spill-{piece.piece:06d}.tmp"
     with open(os.devnull if setup.source.is_random_access else spill_temporary, "wb") as spill:
-        contents = setup.source.read(piece.numbers.tolist(), piece.names)
-        for name, content in zip(piece.names, contents, strict=True):
+        contents = setup.source.read(piece.wanted)
+        for name, content in zip(piece.wanted.names, contents, strict=True):
             if isinstance(content, Unusable):
                 rows.append((0, 0, content.reason, content.detail))
                 continue
@@ -120,7 +120,7 @@ def scan_piece(setup: ScanSetup, piece: Piece) -> int:
             publish(spill_temporary, spill_path(setup.directory, piece.piece))
     sizes, hashes, reasons, details = zip(*rows, strict=True)
     columns = {
-        "number": piece.numbers,
+        "number": piece.wanted.numbers,
         "size": np.array(sizes, np.int64),
         "source_xxh3": np.array(hashes, np.uint64),
         "reason": list(reasons),
@@ -138,8 +138,8 @@ def spill_path(directory: Path, piece: int) -> Path:
     return directory / f"spill-{piece:06d}"
 
 
-def _piece(piece: int, rows: np.ndarray, inputs: Inputs) -> Piece:
-    return Piece(piece=piece, numbers=inputs.numbers[rows], names=inputs.names_of(rows))
+def _piece(piece: int, rows: np.ndarray, inputs: Listing) -> Piece:
+    return Piece(piece=piece, wanted=inputs.wanted(rows))
 
 
 def _runs(rows: np.ndarray, groups: np.ndarray) -> Iterator[np.ndarray]:

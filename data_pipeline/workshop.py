@@ -3,13 +3,13 @@
 DIR/manifest.json         the build is complete; nothing below exists any more
 DIR/.build/lock           held by the process at work
 DIR/.build/build.json     options of the build and hash of the list of inputs: what a continuation must match
+DIR/.build/list/               the list of inputs (listing.py)
 DIR/.build/plan.json      hash of the plan, once the scan is complete
 DIR/.build/...            results of the scan (scan.py), records of finished shards (build.py)
 """
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,16 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.config import BuildConfig
+from data_pipeline.listing import Listing
 from data_pipeline.manifest import MANIFEST, REJECTS, Manifest, read_manifest
 from data_pipeline.processes import disk_faults
-from data_pipeline.source import Inputs
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import read_json, write_json
 
 WORK = ".build"
+LIST = "list"
 TIMM_INFO = "_info.json"
 
 _FLAG = {
@@ -89,11 +88,11 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def begin_or_continue(config: BuildConfig, out: Path, inputs: Inputs) -> None:
+def begin_or_continue(config: BuildConfig, out: Path, inputs: Listing) -> None:
     work = out / WORK
     for leftover in (*out.glob(".*.tmp-*"), *work.glob("*.tmp"), *work.glob(".*.tmp-*")):
         leftover.unlink()
-    begun = {"options": options_of(config), "inputs": len(inputs.numbers), "inputs_sha256": _inputs_hash(inputs)}
+    begun = {"options": options_of(config), "inputs": len(inputs), "inputs_sha256": inputs.sha256}
     if not (work / "build.json").exists():
         write_json(work / "build.json", begun)
         return
@@ -123,16 +122,6 @@ def options_of(config: BuildConfig) -> dict[str, Any]:
 def _refuse_foreign(out: Path, manifest: Manifest) -> None:
     if "options" not in manifest.build:
         raise UsageError(f"{out} holds a dataset that was not built here; choose another --out")
-
-
-def _inputs_hash(inputs: Inputs) -> str:
-    """Hex sha256 over numbers, labels, classes and names: the list without the bytes."""
-    digest = hashlib.sha256(json.dumps(inputs.classes).encode())
-    digest.update(inputs.numbers.tobytes() + inputs.labels.tobytes())
-    for start in range(0, len(inputs.numbers), 65536):
-        rows = np.arange(start, min(start + 65536, len(inputs.numbers)))
-        digest.update("\0".join(inputs.names_of(rows)).encode())
-    return digest.hexdigest()
 
 
 def _refuse_other_options(config: BuildConfig, stored: dict[str, Any], beginning: str) -> None:

@@ -50,10 +50,16 @@ HOMES = {
     "matplotlib": ["vitscale.insight"],
     "numpy": [*PACKAGES],
     "PIL": ["data_pipeline.decode", "vitscale.insight"],
-    "pyarrow": ["data_pipeline.manifest", "data_pipeline.source"],
+    "pyarrow": [
+        "data_pipeline.labels",
+        "data_pipeline.listing",
+        "data_pipeline.manifest",
+        "data_pipeline.source",
+        "data_pipeline.sources",
+    ],
     "safetensors": ["vitscale.weights.native"],
     "simplejpeg": ["data_pipeline.decode"],
-    "sklearn": ["data_pipeline.source"],
+    "sklearn": ["data_pipeline.sources.digits"],
     "tensorboard": ["vitscale.training.metrics"],
     "torch": [*PACKAGES],
     "torch.utils.tensorboard": ["vitscale.training.metrics"],
@@ -62,7 +68,7 @@ HOMES = {
     "xxhash": ["vitscale.base.files"],
 }
 # Imports inside a function, each with its reason in the code beside it.
-LATE = {("data_pipeline.source", "sklearn.datasets")}
+LATE = {("data_pipeline.sources.digits", "sklearn.datasets")}
 TORCHLESS = [
     "vitscale.base",
     "vitscale.config",

@@ -11,8 +11,8 @@ import pytest
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
 from data_pipeline.manifest import MANIFEST, Manifest
-from data_pipeline.source import DigitsSource
 from data_pipeline.workshop import claimed
+from tests.helpers.sources import digit_pngs
 from vitscale.base.errors import EnvironmentFault, ExitCode, UsageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_a_killed_build_refuses_other_options(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("change", ["list", "bytes"])
 def test_a_killed_build_refuses_changed_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    png = [content for content in DigitsSource("").read(range(10), [""] * 10) if isinstance(content, bytes)]
+    png = digit_pngs(10)
     folder = tmp_path / "source" / "a"
     folder.mkdir(parents=True)
     for number in range(6):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.plan import BAD, GOOD, UNREAD, candidates, permutation, plan_hash, relabel, shard_bounds
-from vitscale.base.errors import UsageError
+from data_pipeline.plan import BAD, GOOD, UNREAD, candidates, permutation, plan_hash, shard_bounds
 
 
 def test_the_permutation_never_changes() -> None:
@@ -44,17 +43,6 @@ def test_rounds_of_candidates_read_up_to_the_last_image_kept(per_class: int) -> 
 def test_without_per_class_one_round_reads_all() -> None:
     status = np.array([UNREAD, GOOD, UNREAD], np.int8)
     assert candidates(np.zeros(3, np.int32), status, None).tolist() == [0, 2]
-
-
-def test_relabel_follows_the_order_asked_for() -> None:
-    rows, labels = relabel(np.array([0, 1, 2, -1, 2, 0], np.int32), ("ant", "bee", "cat"), ("cat", "ant"))
-    assert (rows.tolist(), labels.tolist()) == ([0, 2, 4, 5], [1, 0, 0, 1])
-
-
-@pytest.mark.parametrize(("wanted", "message"), [(("ant", "bees"), "did you mean 'bee'"), (("ant", "ant"), "twice")])
-def test_relabel_refuses_wrong_names(wanted: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        relabel(np.array([0, 1], np.int32), ("ant", "bee"), wanted)
 
 
 def test_the_plan_hash_covers_options_inputs_hashes_and_labels() -> None:

@@ -12,14 +12,14 @@ from sklearn.datasets import load_digits
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
 from data_pipeline.decode import decode_full
+from data_pipeline.listing import write_listing
 from data_pipeline.manifest import read_table
-from data_pipeline.source import FolderSource, Inputs, ParquetSource, Unusable, open_source
+from data_pipeline.sources.folder import FolderSource
+from data_pipeline.sources.open import open_source
+from data_pipeline.sources.parquet import ParquetSource
+from tests.helpers.sources import digit_pngs, listed_and_read, names_of
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import xxh3_64
-
-
-def names_of(inputs: Inputs) -> list[str]:
-    return inputs.names_of(np.arange(len(inputs.numbers)))
 
 
 def write_parquet(path: Path, images: list[bytes | None], labels: dict[str, list], **extra: object) -> Path:
@@ -37,11 +37,6 @@ def write_parquet(path: Path, images: list[bytes | None], labels: dict[str, list
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def digit_pngs(count: int) -> list[bytes]:
-    contents = open_source("digits:").read(range(count), [""] * count)
-    return [content for content in contents if isinstance(content, bytes)]
-
-
 def test_digits_scale_17_grey_levels_to_256() -> None:
     scans = load_digits().images
     for number, content in enumerate(digit_pngs(20)):
@@ -53,32 +48,27 @@ def test_digits_scale_17_grey_levels_to_256() -> None:
 
 def test_folder_lists_by_class_then_path(tmp_path: Path) -> None:
     for name in ("b/2.jpg", "b/1.PNG", "b/sub/0.jpg", "b-c/9.jpeg", "a/notes.txt", "a/5.webp", "stray.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    source = FolderSource(tmp_path)
-    inputs = source.list_inputs()
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    inputs, contents = listed_and_read(FolderSource(tmp_path / "source"), tmp_path / "list")
     assert inputs.classes == ("a", "b", "b-c")
     assert names_of(inputs) == ["stray.jpg", "a/5.webp", "a/notes.txt", "b/1.PNG", "b/2.jpg", "b/sub/0.jpg", "b-c/9.jpeg"]
     assert inputs.labels.tolist() == [-1, 0, 0, 1, 1, 1, 2]
     assert inputs.numbers.tolist() == list(range(7))
-    contents = list(source.read(inputs.numbers.tolist(), names_of(inputs)))
-    reasons = [content.reason if isinstance(content, Unusable) else "" for content in contents]
-    assert reasons == ["no-class", "", "not-an-image", "", "", "", ""]
-    assert contents[3] == b"b/1.PNG"
+    assert contents == ["no-class", b"a/5.webp", "not-an-image", b"b/1.PNG", b"b/2.jpg", b"b/sub/0.jpg", b"b-c/9.jpeg"]
 
 
 def test_parquet_numbers_rows_over_all_files(tmp_path: Path) -> None:
     png = digit_pngs(7)
     write_parquet(tmp_path / "b.parquet", png[4:], {"label": [2, 0, 1]}, paths=["x.png", None, "z.png"])
     write_parquet(tmp_path / "a.parquet", png[:4], {"label": [0, 1, 2, None]})
-    source = ParquetSource(tmp_path)
-    inputs = source.list_inputs()
+    inputs, contents = listed_and_read(ParquetSource(tmp_path), tmp_path / "list")
     assert inputs.labels.tolist() == [0, 1, 2, -1, 2, 0, 1]
     assert names_of(inputs) == ["a.parquet:0", "a.parquet:1", "a.parquet:2", "a.parquet:3", "x.png", "b.parquet:1", "z.png"]
     assert inputs.groups.tolist() == [0, 0, 0, 1, 2, 2, 2]
     assert inputs.classes == ("0", "1", "2")
-    assert list(source.read([3], [""])) == png[3:4]
-    assert list(source.read([4, 6], ["", ""])) == [png[4], png[6]]
+    assert contents == png
 
 
 @pytest.mark.parametrize(
@@ -93,16 +83,16 @@ def test_parquet_numbers_rows_over_all_files(tmp_path: Path) -> None:
 def test_parquet_finds_its_label(tmp_path: Path, columns: dict[str, list], label: str | None, classes: tuple[str, ...]) -> None:
     source = ParquetSource(write_parquet(tmp_path / "a.parquet", digit_pngs(2), columns))
     assert source.label == label
-    assert source.list_inputs().classes == classes
+    assert write_listing(source, tmp_path / "list").classes == classes
 
 
 def test_parquet_takes_class_names_from_the_schema(tmp_path: Path) -> None:
     names = ["tench, Tinca tinca", "goldfish", "shark"]
     source = ParquetSource(write_parquet(tmp_path / "a.parquet", digit_pngs(2), {"label": [1, 0]}, class_names=names))
-    assert source.list_inputs().classes == tuple(names)
+    assert write_listing(source, tmp_path / "list").classes == tuple(names)
     wrong = ParquetSource(write_parquet(tmp_path / "b.parquet", digit_pngs(1), {"label": [3]}, class_names=names))
     with pytest.raises(UsageError, match="labels below 3"):
-        wrong.list_inputs()
+        write_listing(wrong, tmp_path / "list")
 
 
 def test_a_parquet_build_spills_groups_and_stores_the_source_bytes(tmp_path: Path) -> None:
@@ -149,4 +139,4 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, file: str, message: 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(UsageError, match=message):
-        FolderSource(tmp_path).list_inputs()
+        write_listing(FolderSource(tmp_path), tmp_path.with_suffix(".list"))
