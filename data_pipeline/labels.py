@@ -40,11 +40,12 @@ class LabelReader:
 
     def read(self, labels: pa.Array | None, *, rows: int) -> ChunkLabels:
         """The labels of a chunk. Raises UsageError for labels that are no classes."""
-        is_list = labels is not None and (pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type))
+        if labels is not None and not are_labels(labels.type):
+            raise UsageError(f"{self._where}: expected labels as whole numbers, names or lists of them, got {labels.type}")
         if labels is None or pa.types.is_null(labels.type):
             numbers = np.zeros(0, np.int32)
             counts = np.zeros(rows, np.int64)
-        elif is_list:
+        elif _is_list(labels.type):
             numbers = self._numbers(labels.flatten())
             lengths = pc.fill_null(pc.list_value_length(labels), 0).to_numpy(zero_copy_only=False).astype(np.int64)
             owners = np.repeat(np.arange(rows), lengths)
@@ -92,6 +93,11 @@ class LabelReader:
 
     def _numbers(self, labels: pa.Array) -> np.ndarray:
         """int32 class number of each label, -1 for null and for numbers below zero."""
+        if pa.types.is_floating(labels.type):  # pandas makes whole numbers with gaps so
+            try:
+                labels = pc.if_else(pc.is_nan(labels), None, labels).cast(pa.int64())
+            except pa.ArrowException as error:
+                raise UsageError(f"{self._where}: expected whole numbers as labels ({error})") from None
         if pa.types.is_integer(labels.type):
             numbers = pc.fill_null(labels.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
             self._highest = max(self._highest, self._checked(int(numbers.max(initial=-1))))
@@ -114,6 +120,18 @@ class LabelReader:
         if highest >= MOST_CLASSES:
             raise UsageError(f"{self._where}: expected class numbers as labels, got {highest}, an identifier")
         return highest
+
+
+def are_labels(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be read: whole numbers, text, or lists of either; or nothing but nulls."""
+    if _is_list(kind) or pa.types.is_dictionary(kind):
+        return are_labels(kind.value_type)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return is_number or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_number(text: str) -> bool:

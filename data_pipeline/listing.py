@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.labels import ChunkLabels, LabelReader
-from data_pipeline.source import Chunk, Source, Wanted
+from data_pipeline.source import Chunk, Source, Wanted, packed
 from vitscale.base.errors import EnvironmentFault, UsageError, nearest
 from vitscale.base.files import canonical_json, fsync_path, publish, read_json, sha256_bytes, sha256_file, write_json
 
@@ -133,8 +133,9 @@ def write_listing(source: Source, directory: Path) -> Listing:
     temporary = directory.with_name(f"{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    packed(list(source.class_names), where=source.where)  # they are text, too
     reader = LabelReader(source.class_names, where=source.where)
-    writer = _Writer(temporary)
+    writer = _Writer(temporary, where=source.where)
     for chunk in source.list_inputs():
         writer.append(chunk, reader.read(chunk.labels, rows=len(chunk.numbers)))
     if not writer.rows:
@@ -200,8 +201,9 @@ def read_listing(directory: Path) -> Listing:
 class _Writer:
     """Appends chunks to the files of a list."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, where: str) -> None:
         self._directory = directory
+        self._where = where
         self._text_bytes = 0
         self._label_count = 0
         self.rows = 0
@@ -214,6 +216,10 @@ class _Writer:
         self._append("numbers.i64", chunk.numbers.astype("<i8"))
         self._append("labels.i32", labels.first.astype("<i4"))
         self._append("groups.i32", groups.astype("<i4"))
+        try:
+            chunk.names.validate(full=True)  # a Parquet file may hold anything as text
+        except pa.ArrowException:
+            raise UsageError(f"{self._where}: expected names in UTF-8, got others near row {self.rows:,}") from None
         starts, text = _unpacked(chunk.names)
         self._append("names.utf8", text)
         self._append("name_starts.i64", starts[1:] + self._text_bytes)

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from vitscale.base.errors import UsageError
+
 CHUNK_ROWS = 65536
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -83,6 +85,14 @@ class Source(ABC):
         Without random access they must be of one group, in ascending order. A file that cannot be read at all raises
         OSError or EnvironmentFault: that is no verdict on the image.
         """
+
+
+def packed(names: list[str], *, where: str) -> pa.LargeStringArray:
+    """Raises UsageError for names of files that are not in UTF-8."""
+    try:
+        return pa.array(names, pa.large_string())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"expected names in UTF-8 in {where}, got {error.object!r}; rename it") from None
 
 
 def is_image_name(name: str) -> bool:

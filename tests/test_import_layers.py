@@ -45,6 +45,7 @@ WINDOWS = {
 # Library: the modules that import it. numpy and torch are the language here; where torch is not wanted is another test.
 HOMES = {
     "accelerate": ["vitscale.evaluation", "launch.evaluate"],
+    "braceexpand": ["data_pipeline.sources.packed"],
     "cv2": ["data_pipeline.decode"],
     "deepspeed": ["vitscale.training.engine"],
     "matplotlib": ["vitscale.insight"],

@@ -20,6 +20,7 @@ from data_pipeline.source import (
     Wanted,
     is_image_name,
     not_an_image,
+    packed,
     what_is,
 )
 from vitscale.base.errors import EnvironmentFault, UsageError
@@ -44,7 +45,7 @@ class FolderSource(Source):
         for label, names in self._files_by_class():
             has_images = has_images or (label is not None and any(is_image_name(name) for name in names))
             for start in range(0, len(names), CHUNK_ROWS):
-                part = self._packed(names[start : start + CHUNK_ROWS])
+                part = packed(names[start : start + CHUNK_ROWS], where=self.where)
                 numbers = np.arange(listed, listed + len(part), dtype=np.int64)
                 yield Chunk(numbers=numbers, names=part, labels=pa.array([label] * len(part), pa.int32()))
                 listed += len(part)
@@ -64,12 +65,6 @@ class FolderSource(Source):
         yield None, self.strays
         for label, name in enumerate(self.class_names):
             yield label, [f"{name}/{file}" for file in sorted(_files_below(self.root / name))]
-
-    def _packed(self, names: list[str]) -> pa.LargeStringArray:
-        try:
-            return pa.array(names, pa.large_string())
-        except UnicodeEncodeError as error:
-            raise UsageError(f"expected file names in UTF-8 below {self.root}, got {error.object!r}; rename it") from None
 
 
 def _files_below(folder: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from data_pipeline.config import BuildConfig
 from data_pipeline.decode import decode_full
 from data_pipeline.listing import write_listing
 from data_pipeline.manifest import read_table
+from data_pipeline.sources import folder
 from data_pipeline.sources.folder import FolderSource
 from data_pipeline.sources.open import open_source
 from data_pipeline.sources.parquet import ParquetSource
@@ -76,7 +77,9 @@ def test_parquet_numbers_rows_over_all_files(tmp_path: Path) -> None:
     [
         ({"size": [9, 9], "label": [1, 0]}, "label", ("0", "1")),
         ({"fine_label": [0, 1], "coarse_label": [0, 0]}, "fine_label", ("0", "1")),
-        ({"label": ["ant", "bee"], "kind": [0, 1]}, "kind", ("0", "1")),
+        ({"label": ["ant", "bee"], "kind": [0, 1]}, "label", ("ant", "bee")),
+        ({"label": [True, False], "kind": [0, 1]}, "kind", ("0", "1")),
+        ({"kind": [0, 1], "labels": [[2, 0], []]}, "labels", ("0", "1", "2")),
         ({"text": ["a", "b"]}, None, ()),
     ],
 )
@@ -106,6 +109,44 @@ def test_a_parquet_build_spills_groups_and_stores_the_source_bytes(tmp_path: Pat
     stored = {int(k): (int(h), int(x)) for t in tables for k, h, x in zip(t["key"], t["image_xxh3"], t["label"], strict=True)}
     assert stored == {row: (xxh3_64(image), row) for row, image in enumerate(images) if image}
     assert (tmp_path / "out" / ".build").exists() is False
+
+
+def test_parquet_reads_lists_of_labels_and_plain_bytes(tmp_path: Path) -> None:
+    png = digit_pngs(3)
+    names = ["tench", "goldfish", "shark"]
+    for form in ({"feature": {"names": names}}, [{"names": names}]):
+        columns = {"id": [b"a", b"b", b"c"], "img": pa.array([*png[:2], None]), "labels": [[2, 0], [], [1]]}
+        table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"labels": form}}})})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+        listing, contents = listed_and_read(ParquetSource(tmp_path / "a.parquet"), tmp_path / "list")
+        assert contents == [png[0], png[1], b""]
+        assert listing.labels_of(np.arange(3)) == [[2, 0], [], [1]]
+        assert listing.classes == tuple(names)
+        assert names_of(listing) == ["a.parquet:0", "a.parquet:1", "a.parquet:2"]
+
+
+def test_parquet_files_of_one_source_are_alike(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", digit_pngs(1), {"label": [0]})
+    pq.write_table(pa.table({"img": digit_pngs(1), "label": [0]}), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"b\.parquet: expected the columns of a\.parquet, got img \(binary\)"):
+        ParquetSource(tmp_path)
+
+
+def test_names_that_are_not_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "b\udcff.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match="expected names in UTF-8"):
+        write_listing(FolderSource(tmp_path / "in"), tmp_path / "list")
+
+
+def test_a_folder_in_chunks_is_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "in" / name / f"{number}.jpg").write_bytes(b"x")
+    whole = write_listing(FolderSource(tmp_path / "in"), tmp_path / "whole")
+    monkeypatch.setattr(folder, "CHUNK_ROWS", 2)
+    assert write_listing(FolderSource(tmp_path / "in"), tmp_path / "parts").sha256 == whole.sha256
 
 
 @pytest.mark.parametrize(
