@@ -35,6 +35,7 @@ class LabelReader:
         self._class_names = class_names
         self._where = where
         self._provisional: dict[str, int] = {}
+        self._known: dict[str | None, int] = {}  # the same, by the text as it stands there
         self._highest = -1
         self.most_labels = 0
 
@@ -69,8 +70,10 @@ class LabelReader:
             return self._numbered_classes(), None
         names = list(self._provisional)
         are_numbers = [_is_number(name) for name in names]
+        if self._highest >= 0:
+            raise UsageError(f"{self._where}: expected labels that are all numbers or all names, got both, as {names[0]!r}")
         if all(are_numbers):
-            final = [self._checked(int(name)) for name in names]
+            final = [self._class_number(name) for name in names]
             self._highest = max(final)
             return self._numbered_classes(), np.array(final, np.int32)
         if any(are_numbers):
@@ -93,19 +96,28 @@ class LabelReader:
 
     def _numbers(self, labels: pa.Array) -> np.ndarray:
         """int32 class number of each label, -1 for null and for numbers below zero."""
-        if pa.types.is_floating(labels.type):  # pandas makes whole numbers with gaps so
-            try:
-                labels = pc.if_else(pc.is_nan(labels), None, labels).cast(pa.int64())
-            except pa.ArrowException as error:
-                raise UsageError(f"{self._where}: expected whole numbers as labels ({error})") from None
-        if pa.types.is_integer(labels.type):
-            numbers = pc.fill_null(labels.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-            self._highest = max(self._highest, self._checked(int(numbers.max(initial=-1))))
-            return np.maximum(numbers, -1).astype(np.int32)
+        if pa.types.is_dictionary(labels.type) and not _is_text(labels.type.value_type):
+            labels = labels.dictionary_decode()
+        if not _is_text(labels.type) and not pa.types.is_dictionary(labels.type):
+            return self._whole_numbers(labels)
         encoded = labels if pa.types.is_dictionary(labels.type) else labels.dictionary_encode()
-        texts = encoded.dictionary.to_pylist()
-        codes = np.array([*(self._provisional_number(text) for text in texts), -1], np.int32)
+        try:
+            texts = encoded.dictionary.to_pylist()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{self._where}: expected labels in UTF-8, got {error.object!r}") from None
+        self._known |= {text: self._provisional_number(text) for text in texts if text not in self._known}
+        codes = np.array([*map(self._known.__getitem__, texts), -1], np.int32)
         return codes[pc.fill_null(encoded.indices.cast(pa.int64()), len(texts)).to_numpy(zero_copy_only=False)]
+
+    def _whole_numbers(self, labels: pa.Array) -> np.ndarray:
+        if pa.types.is_floating(labels.type):  # whole numbers with gaps, as pandas makes them
+            labels = pc.if_else(pc.is_nan(labels), None, labels)
+        try:
+            numbers = pc.fill_null(labels.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        except pa.ArrowException as error:
+            raise UsageError(f"{self._where}: expected whole numbers as labels ({error})") from None
+        self._highest = max(self._highest, self._class_number(str(numbers.max(initial=-1))))
+        return np.maximum(numbers, -1).astype(np.int32)
 
     def _provisional_number(self, text: str | None) -> int:
         name = (text or "").strip()
@@ -116,18 +128,21 @@ class LabelReader:
             raise UsageError(f"{self._where}: expected class labels, got more than {MOST_CLASSES:,} different ones")
         return number
 
-    def _checked(self, highest: int) -> int:
-        if highest >= MOST_CLASSES:
-            raise UsageError(f"{self._where}: expected class numbers as labels, got {highest}, an identifier")
-        return highest
+    def _class_number(self, text: str) -> int:
+        if len(text.lstrip("0")) > len(str(MOST_CLASSES)) or int(text) >= MOST_CLASSES:
+            raise UsageError(f"{self._where}: expected class numbers as labels, got {text[:40]}, an identifier")
+        return int(text)
 
 
 def are_labels(kind: pa.DataType) -> bool:
     """Whether a column of this type can be read: whole numbers, text, or lists of either; or nothing but nulls."""
     if _is_list(kind) or pa.types.is_dictionary(kind):
         return are_labels(kind.value_type)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    return is_number or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -21,7 +21,7 @@ ReadAt = Callable[[int, int], bytes]
 """read_at(offset, count): bytes of an open file, fewer only where it ends."""
 
 
-def tars_at(pattern: str) -> list[Path]:
+def find_tars(pattern: str) -> list[Path]:
     """The tars in a directory, or those a pattern names (* and ?, {000..099} and {a,b}), sorted.
 
     Raises UsageError where there are none, EnvironmentFault where one that a pattern without * names is missing.

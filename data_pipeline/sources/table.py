@@ -100,7 +100,7 @@ class TableSource(Source):
             strings_can_be_null=True,
         )
         try:
-            return csv.open_csv(self.file, convert_options=conversion)
+            return csv.open_csv(self.file, read_options=csv.ReadOptions(use_threads=False), convert_options=conversion)
         except pa.ArrowException as error:
             raise self._bad_csv(error) from None
 
@@ -109,19 +109,19 @@ class TableSource(Source):
         return UsageError(f"{self.file} cannot be read as CSV in UTF-8 with one line of column names ({reason}); write it anew")
 
     def _separator(self) -> str:
-        """Of labels in one text: | if any row has one, else spaces (as a regular expression)."""
+        """Of labels in one text: | if any row has one, else spaces."""
         for batch in self._batches(["labels"]):
             if not _is_text(batch["labels"].type):
                 break
             if pc.any(pc.match_substring(batch["labels"], "|")).as_py():
-                return r"\|"
-        return r"\s+"
+                return "|"
+        return " "
 
     def _split(self, texts: pa.Array, separator: str) -> pa.Array:
         lists = texts.filter(pc.starts_with(pc.utf8_ltrim_whitespace(texts), "["))
         if len(lists):
             raise UsageError(f"{self.file}: expected several labels as 3|17 in column labels, got {lists[0].as_py()!r}")
-        return pc.split_pattern_regex(pc.utf8_trim_whitespace(texts), separator)
+        return pc.split_pattern(texts, "|") if separator == "|" else pc.utf8_split_whitespace(texts)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.source import IMAGE_ENDINGS, Chunk, Source, Unusable, Wanted, is_image_name, not_an_image, packed
-from data_pipeline.sources.packed import in_chunks, read_places, reading, tar_members, tars_at
+from data_pipeline.sources.packed import find_tars, in_chunks, read_places, reading, tar_members
 from data_pipeline.tars import Member
 from vitscale.base.errors import UsageError
 
@@ -20,7 +20,7 @@ class TarsSource(Source):
 
     def __init__(self, pattern: str) -> None:
         self.where = pattern
-        self.files = sorted(tars_at(pattern), key=lambda file: (file.stem, str(file)))
+        self.files = sorted(find_tars(pattern), key=lambda file: (file.stem, str(file)))
         self.class_names = tuple(sorted({file.stem for file in self.files}))
 
     def list_inputs(self) -> Iterator[Chunk]:

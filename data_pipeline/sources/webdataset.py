@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.source import Chunk, Source, Unusable, Wanted, packed
-from data_pipeline.sources.packed import ReadAt, in_chunks, read_places, reading, tar_members, tars_at
+from data_pipeline.sources.packed import ReadAt, find_tars, in_chunks, read_places, reading, tar_members
 from data_pipeline.tars import TarSample, samples
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import read_json
@@ -31,7 +31,7 @@ class WebDatasetSource(Source):
 
     def __init__(self, pattern: str) -> None:
         self.where = pattern
-        self.files = tars_at(pattern)
+        self.files = find_tars(pattern)
         self.class_names = _class_names(self.files[0].parent)
 
     def list_inputs(self) -> Iterator[Chunk]:
@@ -71,7 +71,7 @@ def _found(file: Path) -> Iterator[tuple[str, list[str], tuple[int, int]]]:
             place = (image.offset, image.size) if image else (0, _NO_IMAGE)
             try:
                 labels = _labels(sample, read_at)
-            except (TypeError, ValueError):
+            except (RecursionError, TypeError, ValueError):
                 labels = []
                 place = (0, _BAD_LABEL) if image else place
             yield f"{file.name}:{sample.key}", labels, place

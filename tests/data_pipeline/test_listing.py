@@ -1,16 +1,23 @@
 """Laws of the list on disk: what the source listed, in its order; another source, another hash."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from data_pipeline.listing import RECORD, read_listing, write_listing
 from data_pipeline.source import Chunk, Source, Unusable, Wanted
 from tests.helpers.sources import names_of
 from vitscale.base.errors import EnvironmentFault, UsageError
+
+ROOT = Path(__file__).parents[2]
+DICTIONARIES = pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int8(), pa.int64())
 
 
 class ListedSource(Source):
@@ -70,16 +77,17 @@ def test_named_classes_are_sorted_and_numbered_texts_are_numbers(tmp_path: Path)
     assert (numbered.labels.tolist(), len(numbered.classes)) == ([2, 10, -1, 0], 11)
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.int64(), pa.dictionary(pa.int8(), pa.string())])
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64(), pa.float32(), *DICTIONARIES])
 def test_several_labels_keep_their_order_and_lose_their_repetitions(tmp_path: Path, kind: pa.DataType) -> None:
     rows: list[list[object] | None] = [[3, 1], [], None, [1, 1, 0, 1], [None, 2], [0]]
-    if not pa.types.is_integer(kind):
+    is_text = kind in (pa.string(), DICTIONARIES[0])
+    if is_text:
         rows = [row and [None if label is None else "abcd"[label] for label in row] for row in rows]  # type: ignore[call-overload]
     listing = write_listing(ListedSource(lists(rows, kind)), tmp_path / "list")
     assert listing.labels.tolist() == [3, -1, -1, 1, 2, 0]
     assert listing.labels_of(np.array([3, 0, 1, 2, 4])) == [[1, 0], [3, 1], [], [], [2]]
     assert listing.most_labels == 2
-    assert listing.classes == (tuple("0123") if pa.types.is_integer(kind) else tuple("abcd"))
+    assert listing.classes == tuple("abcd" if is_text else "0123")
 
 
 def test_lists_of_one_label_are_single_labels(tmp_path: Path) -> None:
@@ -144,6 +152,42 @@ def test_an_unfinished_list_is_no_list(tmp_path: Path) -> None:
         read_listing(tmp_path / "list")
 
 
+MEASURE = """
+import resource, sys
+import subprocess
+import sys
+from pathlib import Path
+from data_pipeline.listing import write_listing
+from data_pipeline.sources.open import open_source
+
+listing = write_listing(open_source("table:" + sys.argv[1]), Path(sys.argv[2]))
+print(len(listing), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_listing_a_longer_table_takes_no_more_memory(tmp_path: Path, ending: str) -> None:
+    """Packed names alone would be 45 bytes per row in memory, as Python strings 100; the bound leaves room for noise."""
+    peaks = {}
+    for rows in (250_000, 1_250_000):
+        columns = {
+            "path": [f"train/n{row % 1000:08d}/n{row % 1000:08d}_{row}.JPEG" for row in range(rows)],
+            "labels": [f"n{row % 1000:08d}|n{row % 777:08d}" for row in range(rows)],
+        }
+        file = tmp_path / f"{rows}.{ending}"
+        if ending == "csv":
+            csv.write_csv(pa.table(columns), file)
+        else:
+            pq.write_table(pa.table(columns), file, row_group_size=rows)
+        arguments = [sys.executable, "-c", MEASURE, str(file), str(tmp_path / f"{rows}.list")]
+        ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        listed, peak_kb = map(int, ended.stdout.split())
+        assert listed == rows
+        peaks[rows] = peak_kb * 1024
+    assert (peaks[1_250_000] - peaks[250_000]) / 1_000_000 < 20, "bytes of memory per row"
+
+
 @pytest.mark.parametrize(
     ("labels", "class_names", "message"),
     [
@@ -151,6 +195,11 @@ def test_an_unfinished_list_is_no_list(tmp_path: Path) -> None:
         (pa.array(["a", "c"]), ("a", "b"), "one of its 2 class names, got the label 'c'"),
         (pa.array([0, 1_000_000]), (), "got 1000000, an identifier"),
         (pa.array(["0", "1000000"]), (), "got 1000000, an identifier"),
+        (pa.array(["0", "9" * 5000]), (), "got 9{40}, an identifier"),
+        (pa.array([2**63], pa.uint64()), (), "expected whole numbers as labels"),
+        (pa.array([0.5]), (), "expected whole numbers as labels"),
+        (pa.array([b"\xff"]).view(pa.string()), (), "expected labels in UTF-8"),
+        (pa.array([b"x"]), (), "expected labels as whole numbers, names or lists of them, got binary"),
         (pa.array(["7", "12", "1o"]), (), "all numbers or all names, got '7' and '1o'"),
         (pa.array([], pa.int64()), (), "expected images in the table, found none"),
     ],

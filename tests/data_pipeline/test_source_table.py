@@ -109,7 +109,7 @@ def test_a_csv_may_have_quotes_windows_line_ends_and_a_byte_order_mark(tmp_path:
 
 
 def test_a_late_name_is_not_taken_for_the_number_its_column_began_with(tmp_path: Path) -> None:
-    rows = 200_000  # far more than the first block of a CSV
+    rows = 200_000  # more than the first block of a CSV
     paths = [f"{row:06d}.jpg" for row in range(rows)]
     (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{path},1\n" for path in paths) + "x.jpg,one\n")
     with pytest.raises(UsageError, match="all numbers or all names, got '1' and 'one'"):
