@@ -152,8 +152,8 @@ def test_an_unfinished_list_is_no_list(tmp_path: Path) -> None:
         read_listing(tmp_path / "list")
 
 
-MEASURE = """
-import resource, sys
+MEASURE = r"""
+import re, sys
 import subprocess
 import sys
 from pathlib import Path
@@ -161,14 +161,15 @@ from data_pipeline.listing import write_listing
 from data_pipeline.sources.open import open_source
 
 listing = write_listing(open_source("table:" + sys.argv[1]), Path(sys.argv[2]))
-print(len(listing), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: a child begins with the peak of its parent.
+print(len(listing), re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_listing_a_longer_table_takes_no_more_memory(tmp_path: Path, ending: str) -> None:
-    """Packed names alone would be 45 bytes per row in memory, as Python strings 100; the bound leaves room for noise."""
+    """In memory a row would take 80 bytes packed, and 200 as Python strings; up to 45 come from pools that are still filling."""
     peaks = {}
     for rows in (250_000, 1_250_000):
         columns = {
@@ -185,7 +186,7 @@ def test_listing_a_longer_table_takes_no_more_memory(tmp_path: Path, ending: str
         listed, peak_kb = map(int, ended.stdout.split())
         assert listed == rows
         peaks[rows] = peak_kb * 1024
-    assert (peaks[1_250_000] - peaks[250_000]) / 1_000_000 < 20, "bytes of memory per row"
+    assert (peaks[1_250_000] - peaks[250_000]) / 1_000_000 < 60, "bytes of memory per row"
 
 
 @pytest.mark.parametrize(
