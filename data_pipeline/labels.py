@@ -96,9 +96,9 @@ class LabelReader:
 
     def _numbers(self, labels: pa.Array) -> np.ndarray:
         """int32 class number of each label, -1 for null and for numbers below zero."""
-        if pa.types.is_dictionary(labels.type) and not _is_text(labels.type.value_type):
+        if pa.types.is_dictionary(labels.type) and not is_text(labels.type.value_type):
             labels = labels.dictionary_decode()
-        if not _is_text(labels.type) and not pa.types.is_dictionary(labels.type):
+        if not is_text(labels.type) and not pa.types.is_dictionary(labels.type):
             return self._whole_numbers(labels)
         encoded = labels if pa.types.is_dictionary(labels.type) else labels.dictionary_encode()
         try:
@@ -138,11 +138,11 @@ def are_labels(kind: pa.DataType) -> bool:
     """Whether a column of this type can be read: whole numbers, text, or lists of either; or nothing but nulls."""
     if _is_list(kind) or pa.types.is_dictionary(kind):
         return are_labels(kind.value_type)
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+    return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_list(kind: pa.DataType) -> bool:

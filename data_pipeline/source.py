@@ -9,6 +9,8 @@ chunk    a run of the list, short enough for memory; listing.py writes them to d
 A kind of source is one class with `list_inputs` and `read` in data_pipeline/sources/, and one line in `open_source`.
 """
 
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,11 +39,6 @@ class Chunk:
     places: np.ndarray | None = None
     """(rows, 3) int64: number of the file, offset, size; for sources that need them to read."""
 
-    def wanted(self, rows: np.ndarray) -> "Wanted":
-        """Some inputs of the chunk, to be read."""
-        places = None if self.places is None else self.places[rows]
-        return Wanted(numbers=self.numbers[rows], names=self.names.take(pa.array(rows)).to_pylist(), places=places)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -60,7 +57,7 @@ class Unusable:
     """Stands for the bytes of an input that is rejected before anybody decodes it."""
 
     reason: str
-    """Short, for counting: not-an-image, no-class, missing-file, no-image."""
+    """Short, for counting: not-an-image, not-a-file, missing-file, no-class, no-image, bad-label, too-many-bytes."""
     detail: str
 
 
@@ -79,11 +76,12 @@ class Source(ABC):
         """The complete list, equal on every call while the source is unchanged."""
 
     @abstractmethod
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         """Bytes of some inputs in the given order; Unusable where there are none to decode.
 
-        Without random access they must be of one group, in ascending order. A file that cannot be read at all raises
-        OSError or EnvironmentFault: that is no verdict on the image.
+        Without random access they must be of one group, in ascending order. What is longer than `max_bytes` need not be
+        read into memory: too-many-bytes. A file that cannot be read at all raises OSError or EnvironmentFault: that is no
+        verdict on the image.
         """
 
 
@@ -93,6 +91,24 @@ def packed(names: list[str], *, where: str) -> pa.LargeStringArray:
         return pa.array(names, pa.large_string())
     except UnicodeEncodeError as error:
         raise UsageError(f"expected names in UTF-8 in {where}, got {error.object!r}; rename it") from None
+
+
+def read_file(path: Path, *, max_bytes: int | None) -> bytes | Unusable:
+    """The content of a regular file. Raises OSError."""
+    no_file = Unusable(reason="not-a-file", detail="a directory, a pipe or a device")
+    try:
+        # Without blocking: opening a pipe would wait for somebody to write into it.
+        with open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            return too_long(status.st_size, max_bytes) or file.readall() if stat.S_ISREG(status.st_mode) else no_file
+    except IsADirectoryError:
+        return no_file
+
+
+def too_long(size: int, max_bytes: int | None) -> Unusable | None:
+    if max_bytes is None or size <= max_bytes:
+        return None
+    return Unusable(reason="too-many-bytes", detail=f"{size} bytes are more than {max_bytes}")
 
 
 def is_image_name(name: str) -> bool:

@@ -31,7 +31,7 @@ class DigitsSource(Source):
         names = pa.array([f"digits:{index}" for index in kept], pa.large_string())
         yield Chunk(numbers=kept, names=names, labels=pa.array(labels[kept]))
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         scans, _ = _digit_scans()
         for number in wanted.numbers:
             yield encode_png(np.round(scans[number] * 255 / 16).astype(np.uint8))

@@ -21,6 +21,7 @@ from data_pipeline.source import (
     is_image_name,
     not_an_image,
     packed,
+    read_file,
     what_is,
 )
 from vitscale.base.errors import EnvironmentFault, UsageError
@@ -52,14 +53,14 @@ class FolderSource(Source):
         if not has_images:
             raise UsageError(f"expected images ({' '.join(IMAGE_ENDINGS)}) in the class folders of {self.root}, found none")
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         for name in wanted.names:
             if not is_image_name(name):
                 yield not_an_image(name)
             elif "/" not in name:
                 yield Unusable(reason="no-class", detail="lies beside the class folders, not in one")
             else:
-                yield (self.root / name).read_bytes()
+                yield read_file(self.root / name, max_bytes=max_bytes)
 
     def _files_by_class(self) -> Iterator[tuple[int | None, list[str]]]:
         yield None, self.strays

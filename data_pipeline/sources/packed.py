@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from braceexpand import braceexpand
 
-from data_pipeline.source import CHUNK_ROWS, what_is
+from data_pipeline.source import CHUNK_ROWS, Unusable, too_long, what_is
 from data_pipeline.tars import BadTar, Member, members
 from vitscale.base.errors import EnvironmentFault, UsageError
 
@@ -65,8 +65,11 @@ def reading(file: Path) -> Iterator[ReadAt]:
         yield read_at
 
 
-def read_places(files: Sequence[Path], places: np.ndarray) -> Iterator[bytes]:
-    """The bytes at places (rows of file number, offset, size), in the given order; one file is open at a time."""
+def read_places(files: Sequence[Path], places: np.ndarray, *, max_bytes: int | None) -> Iterator[bytes | Unusable]:
+    """The bytes at places (rows of file number, offset, size), in the given order; one file is open at a time.
+
+    A size below zero reads nothing.
+    """
     start = 0
     while start < len(places):
         number = places[start, 0]
@@ -74,6 +77,10 @@ def read_places(files: Sequence[Path], places: np.ndarray) -> Iterator[bytes]:
         stop = start + int(others[0]) if len(others) else len(places)
         with reading(files[number]) as read_at:
             for _, offset, size in places[start:stop].tolist():
+                if (unusable := too_long(size, max_bytes)) is not None:
+                    yield unusable
+                    continue
+                size = max(size, 0)
                 content = read_at(offset, size)
                 if len(content) != size:
                     raise EnvironmentFault(

@@ -70,7 +70,7 @@ class ParquetSource(Source):
                 )
                 listed += batch.num_rows
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         group = bisect_right(self._starts, int(wanted.numbers[0])) - 1
         column = _image_bytes(*self._groups[group], self.bytes_column)
         for number in wanted.numbers.tolist():

@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from data_pipeline.source import Chunk, Source, Unusable, Wanted, what_is
+from data_pipeline.labels import is_text
+from data_pipeline.source import Chunk, Source, Unusable, Wanted, read_file, what_is
 from data_pipeline.sources.parquet import batches_of, open_parquet
 from vitscale.base.errors import EnvironmentFault, UsageError, nearest
 
 LABEL_COLUMNS = ("label", "labels", "class")
 # A path that names no file now: it is the table that is wrong, not the disk.
-_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class TableSource(Source):
@@ -53,21 +54,21 @@ class TableSource(Source):
             except pa.ArrowException:
                 raise UsageError(f"{self.file}: expected paths as text in column path, got {batch['path'].type}") from None
             labels = batch[self.label] if self.label else None
-            if labels is not None and separator is not None and _is_text(labels.type):
-                labels = self._split(labels, separator)
+            if separator is not None and (texts := _texts(batch["labels"])) is not None:
+                labels = self._split(texts, separator)
             yield Chunk(numbers=np.arange(listed, listed + len(names), dtype=np.int64), names=names, labels=labels)
             listed += len(names)
         if not listed:
             raise UsageError(f"expected rows in {self.file}, found none")
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         directory = self.file.parent
         for name in wanted.names:
             if not name or "\0" in name:
                 yield Unusable(reason="missing-file", detail="the row has no path")
                 continue
             try:
-                yield (directory / name).read_bytes()
+                yield read_file(directory / name, max_bytes=max_bytes)
             except OSError as error:
                 if error.errno not in _MISSING:
                     raise
@@ -111,9 +112,9 @@ class TableSource(Source):
     def _separator(self) -> str:
         """Of labels in one text: | if any row has one, else spaces."""
         for batch in self._batches(["labels"]):
-            if not _is_text(batch["labels"].type):
+            if (texts := _texts(batch["labels"])) is None:
                 break
-            if pc.any(pc.match_substring(batch["labels"], "|")).as_py():
+            if pc.any(pc.match_substring(texts, "|")).as_py():
                 return "|"
         return " "
 
@@ -124,5 +125,7 @@ class TableSource(Source):
         return pc.split_pattern(texts, "|") if separator == "|" else pc.utf8_split_whitespace(texts)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _texts(column: pa.Array) -> pa.Array | None:
+    """A column of text in any of Arrow's forms as plain text; None: it is no text."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(pa.large_string()) if is_text(kind) else None

@@ -40,12 +40,11 @@ class TarsSource(Source):
         if not has_images:
             raise UsageError(f"expected images ({' '.join(IMAGE_ENDINGS)}) in the tars of {self.where}, found none")
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         assert wanted.places is not None, "listed with places"
-        is_image = np.array([is_image_name(name) for name in wanted.names], bool)
-        contents = read_places(self.files, wanted.places[is_image])
-        for name, readable in zip(wanted.names, is_image.tolist(), strict=True):
-            yield next(contents) if readable else not_an_image(name)
+        contents = read_places(self.files, wanted.places, max_bytes=max_bytes)
+        for name, content in zip(wanted.names, contents, strict=True):
+            yield content if is_image_name(name) else not_an_image(name)
 
 
 def _images(file: Path) -> Iterator[Member]:

@@ -51,16 +51,16 @@ class WebDatasetSource(Source):
             endings = ", ".join(f".{ending}" for ending in IMAGE_MEMBERS)
             raise UsageError(f"expected WebDataset samples with images ({endings}) in the tars of {self.where}, found none")
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         assert wanted.places is not None, "listed with places"
-        contents = read_places(self.files, wanted.places[wanted.places[:, 2] >= 0])
-        for size in wanted.places[:, 2].tolist():
+        contents = read_places(self.files, wanted.places, max_bytes=max_bytes)
+        for size, content in zip(wanted.places[:, 2].tolist(), contents, strict=True):
             if size == _NO_IMAGE:
                 yield Unusable(reason="no-image", detail=f"no member ends in {' '.join(IMAGE_MEMBERS)}")
             elif size == _BAD_LABEL:
                 yield Unusable(reason="bad-label", detail="its .cls or .json holds no number, name or list of them")
             else:
-                yield next(contents)
+                yield content
 
 
 def _found(file: Path) -> Iterator[tuple[str, list[str], tuple[int, int]]]:

@@ -40,7 +40,7 @@ class ListedSource(Source):
                 places=self.places[part],
             )
 
-    def read(self, wanted: Wanted) -> Iterator[bytes | Unusable]:
+    def read(self, wanted: Wanted, *, max_bytes: int | None = None) -> Iterator[bytes | Unusable]:
         raise NotImplementedError
 
 
@@ -169,7 +169,7 @@ print(len(listing), re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").re
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_listing_a_longer_table_takes_no_more_memory(tmp_path: Path, ending: str) -> None:
-    """In memory a row would take 80 bytes packed, and 200 as Python strings; up to 45 come from pools that are still filling."""
+    """In memory a row would take 80 bytes packed, 200 as Python strings; up to 45 come from pools that still fill."""
     peaks = {}
     for rows in (250_000, 1_250_000):
         columns = {

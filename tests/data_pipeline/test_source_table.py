@@ -48,7 +48,7 @@ def test_rows_keep_their_order_and_paths_start_at_the_table(tmp_path: Path, endi
     assert listing.classes == ("goldfish", "shark", "tench, Tinca")
     assert listing.labels.tolist() == [1, 2, 1, -1, 1, 2, 1, 0]
     missing = "missing-file"
-    assert contents == [png[2], png[0], missing, missing, missing, png[1], missing, missing]
+    assert contents == [png[2], png[0], missing, missing, "not-a-file", png[1], missing, missing]
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -72,6 +72,13 @@ def test_several_labels_as_text_are_split_at_bars_or_else_at_spaces(tmp_path: Pa
             listing = listed(table(tmp_path / f"{name}.{ending}", {"path": list("abcd"), "labels": texts}))
             assert listing.labels_of(np.arange(4)) == expected
             assert listing.labels.tolist() == [(labels or [-1])[0] for labels in expected]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_may_have_any_form_of_arrow(tmp_path: Path, kind: pa.DataType) -> None:
+    columns = {"path": pa.array(["x", "y"]).cast(kind), "labels": pa.array(["b|a", None]).cast(kind)}
+    listing = listed(table(tmp_path / "t.parquet", columns))
+    assert (names_of(listing), listing.labels_of(np.arange(2))) == (["x", "y"], [[1, 0], []])
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.string()), pa.list_(pa.float32())])

@@ -5,16 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.listing import Listing, write_listing
-from data_pipeline.source import Source, Unusable
+from data_pipeline.source import Source, Unusable, Wanted
 from data_pipeline.sources.open import open_source
 
 
 def digit_pngs(count: int) -> list[bytes]:
     """Different small images."""
-    source = open_source("digits:")
-    [chunk] = source.list_inputs()
-    numbers = chunk.numbers[:count]
-    return [content for content in source.read(chunk.wanted(np.arange(len(numbers)))) if isinstance(content, bytes)]
+    wanted = Wanted(numbers=np.arange(count), names=[""] * count, places=None)
+    return [content for content in open_source("digits:").read(wanted) if isinstance(content, bytes)]
 
 
 def names_of(listing: Listing) -> list[str]:
