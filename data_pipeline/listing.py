@@ -168,7 +168,10 @@ def write_listing(source: Source, directory: Path) -> Listing:
 def read_listing(directory: Path) -> Listing:
     """Map a finished list into memory. Raises EnvironmentFault when it is missing or damaged."""
     record = read_json(directory / RECORD)
-    rows, files = record["rows"], record["sha256"]
+    try:
+        rows, classes, most_labels, files = (record[name] for name in ("rows", "classes", "most_labels", "sha256"))
+    except (KeyError, TypeError):
+        raise EnvironmentFault(f"{directory / RECORD} is no record of a list; start the build over with --replan") from None
 
     def column(name: str, dtype: str, count: int | None = None) -> np.ndarray:
         try:
@@ -188,8 +191,8 @@ def read_listing(directory: Path) -> Listing:
         numbers=column("numbers.i64", "<i8", rows),
         labels=column("labels.i32", "<i4", rows),
         groups=column("groups.i32", "<i4", rows),
-        classes=tuple(record["classes"]),
-        most_labels=record["most_labels"],
+        classes=tuple(classes),
+        most_labels=most_labels,
         sha256=sha256_bytes(canonical_json(record)),
         names=pa.LargeStringArray.from_buffers(rows, pa.py_buffer(name_starts), pa.py_buffer(text)),
         places=column("places.i64", "<i8", 3 * rows).reshape(rows, 3) if "places.i64" in files else None,

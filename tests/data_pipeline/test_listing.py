@@ -147,6 +147,9 @@ def test_an_unfinished_list_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "list" / "labels.i32").write_bytes(b"1234")
     with pytest.raises(EnvironmentFault, match=r"labels\.i32: expected 2 numbers, found 1"):
         read_listing(tmp_path / "list")
+    (tmp_path / "list" / RECORD).write_text("{}")
+    with pytest.raises(EnvironmentFault, match="no record of a list"):
+        read_listing(tmp_path / "list")
     (tmp_path / "list" / RECORD).unlink()
     with pytest.raises(EnvironmentFault, match=RECORD):
         read_listing(tmp_path / "list")

@@ -192,6 +192,17 @@ def test_tars_that_are_none_are_named(tmp_path: Path, kind: str, pattern: str, f
         write_listing(open_source(f"{kind}:{place}"), tmp_path / "list")
 
 
+def test_other_tars_give_another_list(tmp_path: Path) -> None:
+    hashes = []
+    for members in ([("1.jpg", b"a")], [("1.jpg", b"ab")], [("2.jpg", b"a")], [("1.jpg", b"a"), ("2.jpg", b"b")]):
+        write_tar(tmp_path / "a.tar", members)
+        hashes.append(write_listing(open_source(f"tars:{tmp_path}"), tmp_path / "list").sha256)
+    (tmp_path / "a.tar").rename(tmp_path / "b.tar")
+    hashes.append(write_listing(open_source(f"tars:{tmp_path}"), tmp_path / "list").sha256)
+    assert len(set(hashes)) == 5
+    assert write_listing(open_source(f"tars:{tmp_path / 'b.tar'}"), tmp_path / "list").sha256 == hashes[-1]
+
+
 def test_a_tar_of_tars_asks_to_be_unpacked(tmp_path: Path) -> None:
     inner = write_tar(tmp_path / "n01.tar", [("n01_1.JPEG", b"x")])
     outer = write_tar(tmp_path / "outer" / "ILSVRC2012_img_train.tar", [("n01.tar", inner.read_bytes())])
