@@ -4,7 +4,9 @@ Each field says in its metadata what a resume does with it (design.md 4): the de
 is learned, so it must be equal), *machine* follows the command.
 """
 
+import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 
@@ -14,15 +16,55 @@ def machine(default: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of the datasets a training reads, as it is named on the command line."""
+
+    path: str
+    weight: Decimal
+
+
+_WEIGHT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def sources_of(text: str) -> tuple[Source, ...]:
+    """The sources of `DIR[=WEIGHT],DIR[=WEIGHT],...`; a plain DIR has weight 1.
+
+    A number behind the last = is a weight, so a directory that is itself called `a=1` is written `a=1=1`; one with a
+    comma in its name needs another name. Raises ValueError for a weight that is not above 0 and for an empty DIR.
+    """
+    found = []
+    for part in text.split(","):
+        path, equals, number = part.rpartition("=")
+        if not equals or not _WEIGHT.fullmatch(number):
+            path, number = part, "1"
+        if not path:
+            raise ValueError(f"expected DIR or DIR=WEIGHT between the commas, got {part!r} in {text!r}")
+        weight = Decimal(number)
+        if weight <= 0:
+            raise ValueError(f"the weight of {path} must be above 0, got {number}; leave the dataset out instead")
+        found.append(Source(path=path, weight=weight))
+    return tuple(found)
+
+
+def spelled(sources: tuple[Source, ...]) -> str:
+    """The text that `sources_of` reads as these sources: weights only where they say something."""
+    if len(sources) == 1 and not _WEIGHT.fullmatch(sources[0].path.rpartition("=")[2]):
+        return sources[0].path
+    return ",".join(f"{source.path}={source.weight}" for source in sources)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, in which order. Paths may change between starts; fingerprints may not."""
+    """Which images, in which order. Paths may change between starts; fingerprints and weights may not."""
 
     path: str = machine("")
-    """Directory of the training dataset (holds manifest.json)."""
+    """Training data: a directory that holds manifest.json, or several with weights: DIR=3,DIR=1."""
     eval_path: str = machine("")
     """Directory of the evaluation dataset; empty: no evaluation."""
     fingerprint: str = ""
-    """sha256 of the training manifest; filled in when the run starts."""
+    """sha256 of the training manifest, of several joined by commas; filled in when the run starts."""
+    weights: tuple[int, ...] = ()
+    """Share of each of several training datasets in 4096ths, none for one; filled in when the run starts."""
     eval_fingerprint: str = ""
     """sha256 of the evaluation manifest; filled in when the run starts."""
     lanes: int = 128
@@ -31,8 +73,14 @@ class DataConfig:
     """Rows of a lane shuffled together, or "full": one permutation of the whole epoch (up to 50 M images)."""
     workers: int = machine(1)
     """Processes per rank that read and decode; 0: in the rank itself. Never changes the order."""
+    bad_images_max: float = machine(0.001)
+    """Share of the images seen that may be bad before the run stops; the first ten are always allowed. 0: none at all."""
 
     def __post_init__(self) -> None:
+        if self.path:
+            sources_of(self.path)
+        if not 0 <= self.bad_images_max <= 1:
+            raise ValueError(f"data.bad_images_max must be within 0 and 1, got {self.bad_images_max}")
         if self.lanes < 1:
             raise ValueError(f"data.lanes must be at least 1, got {self.lanes}")
         if self.window != "full" and self.window < 1:

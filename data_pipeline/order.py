@@ -1,11 +1,12 @@
-"""Which image sits at which position of the training order. Pure integers: no files, no torch, no state.
+"""Which image sits at which position of the order of one dataset. Pure integers: no files, no torch, no state.
 
-position  index of the endless training order; position p lies in epoch p // N, at q = p % N (N images in the dataset)
+position  index of the endless order; position p lies in epoch p // N, at q = p % N (N images in the dataset). With
+          several datasets (mixture.py) each has positions of its own
 line      all images of one epoch behind one another, shard by shard, the shards permuted anew for the epoch
 lane      one of L contiguous pieces of the line; the first N % L lanes are one image longer than the others
 row       place along a lane; q is row q // L of lane q % L, so consecutive positions go once around the lanes
 window    W consecutive rows of a lane, permuted among themselves
-slots     the positions of one step, sorted by (source, lane, epoch, row): the order in which ranks share them
+stand-in  another image of the same window, shown where an image turns out to be bad
 
           shard 7          shard 2       shard 9      shard 0
 line   |----------------|-------------|------------|------------|     N images
@@ -53,18 +54,23 @@ class Purpose(IntEnum):
     OFFSETS = 2
     WINDOW = 3
     VIEW = 4
+    STAND_IN = 5
 
 
-def draws(seed: int, purpose: Purpose, where: tuple[int, ...] = (), *, count: int) -> np.ndarray:
-    """`count` raw uint64 draws that belong to (seed, purpose, where) alone; `where` holds up to three integers."""
+def draws(seed: int, purpose: Purpose, where: tuple[int, ...] = (), *, count: int, source: int = 0) -> np.ndarray:
+    """`count` raw uint64 draws that belong to (seed, purpose, source, where) alone; `where` holds up to three integers."""
     # Word 0 of the counter runs as numbers are drawn; the other three words are free to hold coordinates.
     counter = np.array([0, *where, *[0] * (3 - len(where))], dtype=np.uint64)
-    return np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64), counter=counter).random_raw(count)
+    key = np.array([seed, purpose | source << 32], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def permutation(raw: np.ndarray) -> np.ndarray:
     """The permutation that sorts the draws; equal draws keep their order."""
-    return np.argsort(raw, kind="stable")
+    # NumPy's unstable sort is vectorised, four times as fast; with no two draws alike there is one answer.
+    indices = np.argsort(raw)
+    in_order = raw[indices]
+    return np.argsort(raw, kind="stable") if (in_order[1:] == in_order[:-1]).any() else indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +114,14 @@ class Order:
 
     `lanes` and `window` are upper bounds; the attributes hold the effective values, which belong to the run's record:
     L is the largest power of two up to min(lanes, shards / 4), and at least 1; W is at most the length of a lane.
+    `source` is the number of the dataset in a mixture: datasets with equal shards are not to run in step.
     Raises UsageError for an empty dataset, a seed outside 0 .. 2^64 - 1, or "full" above FULL_IMAGES_MAX images.
     """
 
-    def __init__(self, shard_images: Sequence[int], *, seed: int, lanes: int, window: int | Literal["full"]) -> None:
-        self._recipe = partial(Order, tuple(shard_images), seed=seed, lanes=lanes, window=window)
+    def __init__(
+        self, shard_images: Sequence[int], *, seed: int, lanes: int, window: int | Literal["full"], source: int = 0
+    ) -> None:
+        self._recipe = partial(Order, tuple(shard_images), seed=seed, lanes=lanes, window=window, source=source)
         self._shard_images = np.asarray(shard_images, dtype=np.int64)
         self.images = int(self._shard_images.sum())
         if self.images == 0:
@@ -125,6 +134,7 @@ class Order:
                 f"got {self.images:,}; use data.window=4096"
             )
         self.seed = seed
+        self.source = source
         self.lanes = 1 if window == "full" else effective_lanes(lanes, shards=len(shard_images))
         rows = -(-self.images // self.lanes)  # of the longest lane
         self.window = rows if window == "full" else min(window, rows)
@@ -158,13 +168,26 @@ class Order:
             shard[members] = line.shard_at[shard_place]
         return Samples(epoch=epoch, lane=lane, row=row, shard=shard, index=index)
 
-    def slots_of_step(self, position: int, global_batch: int) -> np.ndarray:
-        """The positions of the step that starts at `position`, sorted by (source, lane, epoch, row).
+    def lanes_at(self, positions: np.ndarray) -> np.ndarray:
+        """The lane of each of `positions`. Within a lane, positions rise with (epoch, row)."""
+        return positions % self.images % self.lanes
 
-        There is one source as yet. Within a lane the positions rise with (epoch, row), so a stable sort by lane is it.
+    def stand_ins(self, position: int, tries: int) -> list[tuple[int, int]]:
+        """(shard, index) of up to `tries` other images of the window of `position`, the one to be taken first in front.
+
+        Drawn by (position, try) alone, so what stands in for a bad image is the same on any number of ranks. Images
+        drawn twice are named once; a window of one image has none.
         """
-        positions = np.arange(position, position + global_batch, dtype=np.int64)
-        return positions[np.argsort(positions % self.images % self.lanes, kind="stable")]
+        epoch, place_in_epoch = divmod(position, self.images)
+        row, lane = divmod(place_in_epoch, self.lanes)
+        line = self._line(epoch)
+        window = (row + int(line.offset_of_lane[lane])) // self.window
+        place, first_row, shuffle = self._window(epoch, lane, window)
+        raw = draws(self.seed, Purpose.STAND_IN, (position,), count=tries, source=self.source)
+        drawn = dict.fromkeys((raw % len(shuffle)).tolist())
+        drawn.pop(int(shuffle[row - first_row]), None)
+        shard_place, index = locate(line.ends, place + np.array(list(drawn), dtype=np.int64))
+        return list(zip(line.shard_at[shard_place].tolist(), index.tolist(), strict=True))
 
     def _shuffled(self, line: _Line, epoch: int, lane: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Places on the line of (lane, row) in one epoch, one window after another."""
@@ -185,15 +208,17 @@ class Order:
         offset = int(self._line(epoch).offset_of_lane[lane])
         first_row = max(0, window * self.window - offset)
         end_row = min((window + 1) * self.window - offset, rows + (lane < longer_lanes))
-        raw = draws(self.seed, Purpose.WINDOW, (window, lane, epoch), count=end_row - first_row)
+        raw = draws(self.seed, Purpose.WINDOW, (window, lane, epoch), count=end_row - first_row, source=self.source)
         lane_place = lane * rows + min(lane, longer_lanes)
         return lane_place + first_row, first_row, permutation(raw).astype(np.int32)
 
     def _lay_line(self, epoch: int) -> _Line:
-        shard_at = permutation(draws(self.seed, Purpose.SHARDS, (epoch,), count=len(self._shard_images)))
+        raw = draws(self.seed, Purpose.SHARDS, (epoch,), count=len(self._shard_images), source=self.source)
+        shard_at = permutation(raw)
         offset = np.zeros(self.lanes, dtype=np.int64)
         if self._staggered:
-            offset = (draws(self.seed, Purpose.OFFSETS, (epoch,), count=self.lanes) % self.window).astype(np.int64)
+            raw = draws(self.seed, Purpose.OFFSETS, (epoch,), count=self.lanes, source=self.source)
+            offset = (raw % self.window).astype(np.int64)
         return _Line(shard_at=shard_at, ends=np.cumsum(self._shard_images[shard_at]), offset_of_lane=offset)
 
 
@@ -207,11 +232,3 @@ def locate(ends: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """(piece, index in it) of places on a line of pieces with the running total `ends`; empty pieces are skipped."""
     piece = np.searchsorted(ends, places, side="right")
     return piece, places - np.where(piece > 0, ends[piece - 1], 0)
-
-
-def rank_slots(slots: np.ndarray, *, rank: int, world: int) -> np.ndarray:
-    """The share of one rank: slots [rank * B / world, (rank + 1) * B / world).
-
-    When `world` divides L these are whole lanes, so a shard is read by one rank; otherwise a few lanes are read by two.
-    """
-    return slots[rank * len(slots) // world : (rank + 1) * len(slots) // world]

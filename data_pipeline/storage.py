@@ -10,7 +10,9 @@ needed, and a pickled or forked copy works: `pread` has no shared file position.
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,18 +42,29 @@ class Stored:
     """The encoded image."""
 
 
-class LocalStorage:
-    """Reads the samples of one dataset."""
+class DamagedBytes(Exception):
+    """The bytes of one image are not those that the index describes: `reason` for counting, `detail` for reading."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, key: bytes, reason: Literal["short-read", "wrong-hash"], detail: str) -> None:
+        super().__init__(key, reason, detail)
+        self.key = key
+        self.reason: Literal["short-read", "wrong-hash"] = reason
+        self.detail = detail
+
+
+class LocalStorage:
+    """Reads the samples of one dataset. A process that reads several shares its open files among `share` of them."""
+
+    def __init__(self, manifest: Manifest, *, share: int = 1) -> None:
         self._manifest = manifest
+        self._share = share
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._index_rows = 0
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type["LocalStorage"], tuple[Manifest]]:
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
         """Pickle without caches: open files stay with their process."""
-        return LocalStorage, (self._manifest,)
+        return partial(LocalStorage, self._manifest, share=self._share), ()
 
     def close(self) -> None:
         """Close the open tars. A later read opens them again."""
@@ -61,32 +74,22 @@ class LocalStorage:
     def read(self, shard: int, row: int) -> Stored:
         """The sample in row `row` of shard number `shard`.
 
-        Raises HostFault (exit 3, from the rank that saw it) for missing files and for bytes that are not those the
-        index describes, TransientFault (exit 75) when the file system fails.
+        Raises DamagedBytes for bytes that are not those the index describes, HostFault (exit 3, from the rank that saw
+        it) for missing files and for an index that cannot be read, TransientFault (exit 75) when the file system fails.
         """
         index = self._index(shard)
         key, size = bytes(index.keys[row]), int(index.image_size[row])
         content = self._pread(shard, offset=int(index.image_offset[row]), size=size)
         if len(content) != size:
-            raise self._damage(shard, key, f"expected {size} bytes of image, the file ends after {len(content)}")
+            raise DamagedBytes(key, "short-read", f"expected {size} bytes of image, the file ends after {len(content)}")
         if xxh3_64(content) != int(index.image_xxh3[row]):
-            raise self._damage(shard, key, "the image bytes do not have the hash that the index holds")
+            raise DamagedBytes(key, "wrong-hash", "the image bytes do not have the hash that the index holds")
         return Stored(
             key=key,
             label=int(index.label[row]),
             labels=index.labels[row] if index.labels is not None else None,
             orientation=int(index.orientation[row]),
             content=content,
-        )
-
-    def name(self, shard: int, key: bytes) -> str:
-        """`image KEY of shard NAME in DIR`, for messages."""
-        return f"image {key.decode()} of shard {self._manifest.shards[shard].name} in {self._manifest.directory}"
-
-    def _damage(self, shard: int, key: bytes, what: str) -> HostFault:
-        verify = f"python launch/inspect_shards.py verify {self._manifest.directory}"
-        return HostFault(
-            f"{self.name(shard, key)} is damaged: {what}; restore the shard from a copy (`{verify}` lists all damage)"
         )
 
     def _index(self, shard: int) -> ShardIndex:
@@ -115,7 +118,7 @@ class LocalStorage:
         except (FileNotFoundError, PermissionError) as error:
             raise HostFault(f"expected to read the shard {path}, got: {error.strerror}; restore it from a copy") from None
         self._files[shard] = file
-        if len(self._files) > FILES_KEPT:
+        if len(self._files) > max(1, FILES_KEPT // self._share):
             self._files.popitem(last=False)[1].close()
         return file
 

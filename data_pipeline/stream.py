@@ -3,6 +3,7 @@
 The DataLoader hands micro-batches over in the order of the lists, so the number of workers changes nothing.
 
 B images of a micro-batch (BHWC: height and width image_size, 3 channels, uint8; normalised on the device)
+M labels of the image that has most, at least 1
 """
 
 import atexit
@@ -28,17 +29,38 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """An image that could not be shown, and what stands in its place."""
+
+    position: int
+    """In the order of the run."""
+    dataset: str
+    """Directory of its manifest."""
+    shard: str
+    key: str
+    reason: str
+    """wrong-hash, short-read, or why it cannot be decoded (decode.py)."""
+    detail: str
+    stand_in_shard: str
+    stand_in_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """What one rank feeds forward at once."""
 
     images_BHWC: torch.Tensor
     """uint8, RGB."""
     labels_B: torch.Tensor
-    """int64; -1: no label."""
+    """int64, the first label; -1: no label."""
+    labels_BM: torch.Tensor
+    """int64, all labels; filled up with -1."""
     counted_B: torch.Tensor
     """bool; False: padding of an evaluation, to be left out of every sum."""
     samples_hash: int
-    """Sum modulo 2^64 over the counted images of `sample_hash`."""
+    """Sum modulo 2^64 over the counted images of `sample_hash`: of what was shown, stand-ins included."""
+    bad_images: tuple[BadSample, ...] = ()
+    """Every image of these positions that was bad."""
 
 
 class MicroBatches(Protocol):

@@ -1,26 +1,22 @@
-"""Put a run together: configuration → datasets, streams, model, engine. The only place where data and training meet.
+"""Put a run together: configuration → streams, model, engine. With datasets.py the only place where data and training meet.
 
-open_datasets, make_plan   before a process group exists: datasets that fit the model, lengths in steps
-carry_out                  start the ranks, make the engine, restore, train, evaluate, mark as finished
+make_plan   before a process group exists: lengths in steps
+carry_out   start the ranks, make the engine, restore, train, evaluate, mark as finished
 """
 
-import dataclasses
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.build import build_dataset
-from data_pipeline.config import BuildConfig
-from data_pipeline.loader import eval_stream, train_stream
-from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
-from data_pipeline.order import ORDER_VERSION, Order
-from data_pipeline.storage import check_files
+from data_pipeline.loader import eval_stream, mixture_of, train_stream
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import ORDER_VERSION
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import HostFault, UsageError
+from vitscale.base.errors import UsageError
 from vitscale.config import Config, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
@@ -36,11 +32,6 @@ from vitscale.training.rundir import Difference, begin_attempt, mark_finished, r
 from vitscale.training.trainer import Plan, train
 from vitscale.weights.native import Weights, fit_to
 
-EMBEDDED = "digits:"
-EMBEDDED_WAIT_S = 120.0
-# About 120 bytes an image: at least eight shards, uneven because images differ in size.
-EMBEDDED_SHARD_BYTES = 12_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -50,7 +41,7 @@ class Job:
     config: Config
     ds: DsConfig
     cluster: Cluster
-    train_data: Manifest
+    train_data: tuple[Manifest, ...]
     eval_data: Manifest | None
     plan: Plan
     warmup_steps: int
@@ -59,63 +50,6 @@ class Job:
     """Machine and watching settings that differ from the stored run."""
     source: str | None
     """Weights a fine-tuning starts from, as `load_weights_of` takes them."""
-
-
-def open_datasets(config: Config, *, run: Path, cluster: Cluster) -> tuple[Config, Manifest, Manifest | None]:
-    """Read both manifests, check that their files are there and fit the model, and fill in the fingerprints.
-
-    Embedded digits (`digits:train`) are built under RUN/data by rank 0 while the others wait for their manifest.
-    """
-    if not config.data.path:
-        raise UsageError(
-            f"recipe {config.recipe!r} needs a training dataset; add --data DIR (launch/build_shards.py makes one)"
-        )
-    train_data = _open_dataset(config.data.path, run=run, cluster=cluster)
-    eval_data = _open_dataset(config.data.eval_path, run=run, cluster=cluster) if config.data.eval_path else None
-    for manifest in (train_data, eval_data):
-        if manifest is not None and len(manifest.classes) != config.model.classes:
-            raise UsageError(
-                f"the model has model.classes={config.model.classes} but the dataset {manifest.directory} has "
-                f"{len(manifest.classes)} classes; set model.classes={len(manifest.classes)} or name another dataset"
-            )
-    if eval_data is not None and eval_data.classes != train_data.classes:
-        raise UsageError(
-            f"the evaluation dataset {eval_data.directory} names its classes otherwise than {train_data.directory}; "
-            "build both with the same --classes"
-        )
-    data = dataclasses.replace(
-        config.data,
-        fingerprint=train_data.fingerprint,
-        eval_fingerprint=eval_data.fingerprint if eval_data is not None else "",
-    )
-    return dataclasses.replace(config, data=data), train_data, eval_data
-
-
-def _open_dataset(path: str, *, run: Path, cluster: Cluster) -> Manifest:
-    if path.startswith(EMBEDDED):
-        directory = run / "data" / path.removeprefix(EMBEDDED)
-        _provide_embedded(path, directory, cluster)
-    else:
-        directory = Path(path)
-    manifest = read_manifest(directory)
-    check_files(manifest)
-    return manifest
-
-
-def _provide_embedded(source: str, directory: Path, cluster: Cluster) -> None:
-    """Rank 0 builds the embedded dataset; the others wait until its manifest, the last file, is there."""
-    if cluster.rank == 0:
-        options = BuildConfig(source=source, shard_bytes=EMBEDDED_SHARD_BYTES)
-        build_dataset(options, directory, workers=1, show_progress=False)
-        return
-    give_up_at_s = time.monotonic() + EMBEDDED_WAIT_S
-    while not (directory / MANIFEST).is_file():
-        if time.monotonic() > give_up_at_s:
-            raise HostFault(
-                f"host {cluster.host} waited {EMBEDDED_WAIT_S:.0f} s for rank 0 to build {directory.resolve()}; "
-                "put --run on a file system shared by all hosts"
-            )
-        time.sleep(0.1)
 
 
 def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
@@ -141,6 +75,7 @@ def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
         log_every_steps=watch["log_every"],
         eval_every_steps=watch["eval_every"],
         save_every_steps=watch["save_every"],
+        bad_images_max=config.data.bad_images_max,
         flops_per_image=train_flops(config.model),
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
@@ -220,24 +155,29 @@ def carry_out(job: Job) -> None:
         evaluate()
     if metrics is not None:
         scores = last_scores[-1].as_record() if last_scores else None
-        record = {"step": state.step, "images_seen": state.images_seen, "skipped": state.skipped, "eval": scores}
+        record = {
+            "step": state.step,
+            "images_seen": state.images_seen,
+            "skipped": state.skipped,
+            "bad_images": state.bad_images,
+            "eval": scores,
+        }
         metrics.finish(record)
         mark_finished(job.run, record)
     leave_ranks()
 
 
-def order_record(config: Config, manifest: Manifest) -> dict[str, Any]:
+def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """What fixes the order of the images, besides the position: equal at every start of a run."""
-    order = Order(
-        [shard.images for shard in manifest.shards], seed=config.train.seed, lanes=config.data.lanes, window=config.data.window
-    )
+    mixture = mixture_of(manifests, data=config.data, seed=config.train.seed)
     return {
-        "fingerprint": manifest.fingerprint,
         "order_version": ORDER_VERSION,
-        "lanes": order.lanes,
-        "window": order.window,
-        "seed": order.seed,
-        "classes": list(manifest.classes),
+        "seed": config.train.seed,
+        "classes": list(manifests[0].classes),
+        "sources": [
+            {"fingerprint": manifest.fingerprint, "weight_of_4096": weight, "lanes": order.lanes, "window": order.window}
+            for manifest, weight, order in zip(manifests, mixture.weights, mixture.orders, strict=True)
+        ],
     }
 
 

@@ -7,8 +7,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipeline.config import sources_of, spelled
+from data_pipeline.manifest import Manifest
+from data_pipeline.mixture import SLOTS
 from launch.arguments import Parser
-from launch.assemble import EMBEDDED, Job, carry_out, make_plan, open_datasets
+from launch.assemble import Job, carry_out, make_plan
+from launch.datasets import EMBEDDED, absolute, open_datasets
 from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
@@ -29,7 +33,11 @@ def training_parser(description: str) -> Parser:
     )
     parser.add_argument("--recipe", metavar="NAME", help="start from this recipe")
     parser.add_argument("--config", type=Path, metavar="FILE", help="start from a stored RUN/config.json")
-    parser.add_argument("--data", metavar="DIR", help="training dataset, made by launch/build_shards.py")
+    parser.add_argument(
+        "--data",
+        metavar="DIR[=WEIGHT][,DIR…]",
+        help="training dataset, made by launch/build_shards.py, or several with weights: A=3,B=1",
+    )
     parser.add_argument("--eval-data", metavar="DIR", help="evaluation dataset")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>)")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
@@ -84,7 +92,7 @@ def run_training(
         # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
         place = Path(scratch) if args.dry_run and stored is None else run
         config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
-    plan, warmup_steps, keep_every_steps = make_plan(config, train_data.images)
+    plan, warmup_steps, keep_every_steps = make_plan(config, sum(manifest.images for manifest in train_data))
     found = differences(stored, config) if stored is not None else []
     refuse_result_changes(run, found)
     job = Job(
@@ -114,14 +122,18 @@ def run_training(
 def _with_paths(config: Config, args: Namespace) -> Config:
     """--data and --eval-data as absolute paths, so that a resume may come from another working directory."""
 
-    def absolute(given: str | None, known: str) -> str:
-        if given is None or given.startswith(EMBEDDED):
-            return given or known
-        return str(Path(given).resolve())
-
-    path = absolute(args.data, config.data.path)
-    eval_path = absolute(args.eval_data, config.data.eval_path)
-    if eval_path.startswith(EMBEDDED) and not path.startswith(EMBEDDED):
+    path, eval_path = config.data.path, config.data.eval_path
+    try:
+        if args.data is not None:
+            sources = sources_of(args.data)
+            path = spelled(tuple(dataclasses.replace(source, path=absolute(source.path)) for source in sources))
+        if args.eval_data is not None:
+            if len(sources_of(args.eval_data)) > 1:
+                raise ValueError(f"expected one dataset, got {args.eval_data!r}; only --data mixes several")
+            eval_path = absolute(args.eval_data)
+    except ValueError as error:
+        raise UsageError(f"--data or --eval-data: {error}") from None
+    if eval_path.startswith(EMBEDDED) and not any(source.path.startswith(EMBEDDED) for source in sources_of(path or ".")):
         eval_path = ""  # the embedded images say nothing about a model trained on others
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path, eval_path=eval_path))
 
@@ -129,7 +141,7 @@ def _with_paths(config: Config, args: Namespace) -> Config:
 def derived_table(job: Job) -> str:
     """What follows from the configuration, with its factors, as text."""
     config, ds, plan = job.config, job.ds, job.plan
-    epochs = plan.total_steps * plan.global_batch / job.train_data.images
+    epochs = plan.total_steps * plan.global_batch / sum(manifest.images for manifest in job.train_data)
     recompute = {0: "no block", 1: "every block"}.get(ds.recompute_every, f"every {ds.recompute_every}th block")
     model = config.model
     rows = [
@@ -140,10 +152,7 @@ def derived_table(job: Job) -> str:
             f", {model.norm}-norm: {parameters(model):,} parameters, {model.tokens} tokens, "
             f"{forward_flops(model) / 1e9:.3g} GFLOP forward per image",
         ),
-        (
-            "data",
-            f"{job.train_data.images:,} images in {len(job.train_data.shards)} shards, {len(job.train_data.classes)} classes",
-        ),
+        *_data_rows(job),
         ("evaluation", f"{job.eval_data.images:,} images" if job.eval_data else "none (no --eval-data)"),
         (
             "global batch",
@@ -163,3 +172,24 @@ def derived_table(job: Job) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _data_rows(job: Job) -> list[tuple[str, str]]:
+    """One row per dataset, with its exact share and how often its images will be seen where there are several."""
+    weights = job.config.data.weights
+    if not weights:
+        (manifest,) = job.train_data
+        return [("data", _size(manifest))]
+    shown = job.plan.total_steps * job.plan.global_batch
+    return [
+        (
+            "data" if number == 0 else "",
+            f"{manifest.directory}: weight {weight}/{SLOTS}, {_size(manifest)}, "
+            f"{shown * weight / SLOTS / manifest.images:.4g} epochs",
+        )
+        for number, (manifest, weight) in enumerate(zip(job.train_data, weights, strict=True))
+    ]
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{manifest.images:,} images in {len(manifest.shards)} shards, {len(manifest.classes)} classes"

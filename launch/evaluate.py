@@ -12,6 +12,7 @@ from data_pipeline.loader import eval_stream
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import check_files
 from launch.arguments import Parser
+from launch.datasets import require_fit
 from launch.trained import load_weights_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
@@ -43,6 +44,7 @@ def main() -> None:
             f"{args.source} tells {weights.model.classes} classes apart but {args.data} has {len(manifest.classes)}; "
             "name the dataset the weights were trained for"
         )
+    require_fit(manifest, classes=weights.model.classes)
 
     os.environ.update(cluster.environment())
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from data_pipeline.config import sources_of
 from data_pipeline.manifest import read_manifest
 from launch.command import run_training, training_parser
 from launch.trained import load_weights_of
@@ -21,7 +22,11 @@ def main() -> None:
         """The pretrained model at its own resolution, with a head for the classes of the new dataset."""
         if args.data is None:
             raise UsageError("fine-tuning needs a training dataset; add --data DIR (launch/build_shards.py makes one)")
-        classes = len(read_manifest(Path(args.data)).classes)
+        try:
+            first, *_ = sources_of(args.data)  # all have the same classes, or open_datasets refuses them
+        except ValueError as error:
+            raise UsageError(f"--data: {error}") from None
+        classes = len(read_manifest(Path(first.path)).classes)
         return dataclasses.replace(
             config,
             model=dataclasses.replace(load_weights_of(args.source).model, classes=classes),

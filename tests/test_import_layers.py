@@ -21,7 +21,7 @@ LAYERS = [
     ["launch"],
     ["launch.command"],
     ["launch.assemble"],
-    ["launch.trained"],
+    ["launch.trained", "launch.datasets"],
     ["launch.arguments"],
     ["vitscale.training.trainer"],
     ["vitscale.evaluation", "vitscale.insight"],
@@ -80,6 +80,7 @@ TORCHLESS = [
     "vitscale.model.presets",
     "vitscale.model.flops",
     "data_pipeline.config",
+    "data_pipeline.mixture",
     "data_pipeline.order",
 ]
 

@@ -245,10 +245,10 @@ KINDS = {
         optim.global_batch optim.peak_lr optim.micro_batch_max optim.warmup optim.end_lr optim.weight_decay optim.beta1
         optim.beta2 optim.eps optim.clip
         train.length train.seed train.precision train.label_smoothing train.init_sha256
-        data.fingerprint data.eval_fingerprint data.lanes data.window
+        data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
     """,
-    "machine": "data.path data.eval_path data.workers train.init_weights",
+    "machine": "data.path data.eval_path data.workers data.bad_images_max train.init_weights",
     "watching": "run.log_every run.eval_every run.save_every run.keep_last run.keep_every",
 }
 

@@ -56,6 +56,8 @@ class TrainState:
     images_seen: int = 0
     skipped: int = 0
     """Steps whose update was skipped."""
+    bad_images: int = 0
+    """Positions at which a stand-in was shown for a bad image; exact at every logged and saved step (bad_images.py)."""
     segments: list[dict[str, int]] = field(default_factory=list)
     """Append-only: ranges of the order that were jumped, and branches."""
 

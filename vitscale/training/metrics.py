@@ -1,12 +1,14 @@
-"""Write down what happened: metrics.jsonl, TensorBoard, status.json, and one line a person can read.
+"""Write down what happened: metrics.jsonl, events.jsonl, TensorBoard, status.json, and one line a person can read.
 
-Rank 0 is the only writer. One JSON line per logged step, values of that very step; evaluations are lines of their own.
-After a resume the file holds each step once: lines past the restored step are dropped before the first new one.
+Rank 0 is the only writer. metrics.jsonl has one JSON line per logged step, values of that very step; evaluations are
+lines of their own. events.jsonl has one line per event, such as an image that turned out to be bad, with its step.
+After a resume both hold each step once: lines past the restored step are dropped before the first new one.
 """
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,17 +30,21 @@ class Metrics:
     def __init__(self, run: Path, *, total_steps: int, clock: Callable[[], float] = time.time) -> None:
         self.run = run
         self.path = run / "metrics.jsonl"
+        self.events_path = run / "events.jsonl"
         self.total_steps = total_steps
         self.clock = clock
         self._said_at_s = -math.inf
         self._status_at_s = -math.inf
         self._top1: float | None = None
+        self._has_spoken_of_events = False
 
     def open(self, restored_step: int) -> None:
         """Drop what lies past the restored step, then open for appending."""
         drop_lines_past(self.path, restored_step)
+        drop_lines_past(self.events_path, restored_step)
         self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=restored_step + 1)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self._events = open(self.events_path, "a", buffering=1)  # noqa: SIM115
         self._log = open(self.run / "log.txt", "a", buffering=1)  # noqa: SIM115
         self._started_at_s, self._started_step = self.clock(), restored_step
 
@@ -66,6 +72,16 @@ class Metrics:
             f"evaluated after step {step}: top-1 {scores['top1']:.2%}, loss {scores['loss']:.4f}, {scores['images']} images"
         )
 
+    def log_events(self, events: list[dict[str, Any]]) -> None:
+        """Events in their order, each with its "step" and "event"; on the disk when this returns."""
+        now_s = self.clock()
+        for event in events:
+            self._events.write(json.dumps({**event, "at_unix_s": now_s}) + "\n")
+        os.fsync(self._events.fileno())
+        if not self._has_spoken_of_events:
+            self._has_spoken_of_events = True
+            self.say(f"an image was bad and another was shown in its place; {self.events_path} names every one")
+
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in log.txt."""
         print(sentence, flush=True)
@@ -82,6 +98,7 @@ class Metrics:
     def close(self) -> None:
         self._board.close()
         self._file.close()
+        self._events.close()
         self._log.close()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -100,6 +117,7 @@ class Metrics:
             *([f"mfu {line['mfu']:.1%}"] if line["mfu"] is not None else []),
             f"data {wait:.1%}",
             *([f"skipped {line['skipped']}"] if line["skipped"] else []),
+            *([f"bad images {line['bad_images']}"] if line["bad_images"] else []),
             *([f"top-1 {self._top1:.2%}"] if self._top1 is not None else []),
             f"ETA {in_words(rest_s)}",
         ]

@@ -3,7 +3,7 @@
 RUN/
   config.json  ds_config.json       as resolved
   provenance/attempt-NNN.json       command, versions, hosts, what differed from the last attempt
-  metrics.jsonl  tensorboard/  log.txt  status.json
+  metrics.jsonl  events.jsonl  tensorboard/  log.txt  status.json
   checkpoints/step-00001200/
   FINISHED.json                     the marker of a finished run, written last
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import HostFault, UsageError
 from vitscale.base.files import read_json, write_bytes, write_json
@@ -108,13 +109,22 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
                 "code_revision": _code_revision(),
-                "data": {"train": config.data.fingerprint, "eval": config.data.eval_fingerprint},
+                "data": _data_record(config.data),
                 "followed_the_command": [vars(d) for d in followed],
             },
         )
         write_json(run / CONFIG, to_record(config))
         write_json(run / "ds_config.json", ds.record)
     barrier()
+
+
+def _data_record(data: DataConfig) -> dict[str, Any]:
+    """The datasets of an attempt, in the order in which they were named."""
+    paths = [source.path for source in sources_of(data.path)] if data.path else []
+    return {
+        "train": {"paths": paths, "fingerprints": data.fingerprint.split(","), "weights_of_4096": list(data.weights)},
+        "eval": {"path": data.eval_path, "fingerprint": data.eval_fingerprint},
+    }
 
 
 def _code_revision() -> str | None:

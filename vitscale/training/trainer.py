@@ -1,15 +1,16 @@
 """The loop and nothing else. What a step means lives in the engine, the objective and the stream."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vitscale.base.faults import fault_point
 from vitscale.evaluation.classification import Scores
+from vitscale.training.bad_images import SETTLE_EVERY_STEPS, BadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.engine import Engine
 from vitscale.training.metrics import Metrics
@@ -28,6 +29,11 @@ class MicroBatch(Protocol):
     @property
     def samples_hash(self) -> int: ...
 
+    @property
+    def bad_images(self) -> Sequence[Any]:
+        """Dataclasses that say which images were bad and what stands in for them."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -38,6 +44,8 @@ class Plan:
     log_every_steps: int
     eval_every_steps: int
     save_every_steps: int
+    bad_images_max: float
+    """Share of the images seen that may be bad; see bad_images.py."""
     flops_per_image: float
     """Model FLOPs of forward and backward, without recomputation."""
     peak_flops: float | None
@@ -58,6 +66,7 @@ def train(
 ) -> None:
     """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
     engine.train()
+    bad_images = BadImages(engine, share_max=plan.bad_images_max)
     while state.step < plan.total_steps:
         meter = _Meter(engine)
         lr = lr_at_step(state.step)
@@ -66,22 +75,27 @@ def train(
             batch = meter.next_of(stream)
             loss = objective(engine, batch.images_BHWC, batch.labels_B)
             meter.add(loss, batch)
+            bad_images.add(state.step + 1, batch.bad_images)
             engine.backward_and_maybe_step(loss)
         state.step += 1
         state.position += plan.global_batch
         state.images_seen += plan.global_batch
         state.skipped += engine.last_step_skipped
         fault_point("step.end", rank=engine.rank, step=state.step)
-        if due(state.step, plan.log_every_steps, plan.total_steps):
+        is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
+        if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
+            bad_images.settle(state, metrics)
+        if is_logged:
             line = meter.line(state, plan, lr)
             if metrics is not None:
                 metrics.log_step(line)
+        bad_images.check(state)
         if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
             scores = evaluate()
             engine.train()
             if metrics is not None:
                 metrics.log_eval(state.step, scores.as_record())
-        if due(state.step, plan.save_every_steps, plan.total_steps):
+        if is_saved:
             save(state)
 
 
@@ -130,6 +144,6 @@ class _Meter:
             "step_s": step_s,
             "samples_hash": f"{engine.sum_modulo_2_64(self.samples_hash % (1 << 64)):016x}",
             "skipped": state.skipped,
-            "bad_images": 0,  # the first one ends the run (exit 78)
+            "bad_images": state.bad_images,
             "at_unix_s": time.time(),
         }

@@ -98,6 +98,20 @@ def test_a_resume_drops_the_steps_past_the_checkpoint_and_only_those(tmp_path):
     assert "eval/top1" in board.Tags()["scalars"]
 
 
+def test_events_are_told_once_also_after_a_resume(tmp_path, capsys):
+    metrics = metrics_of(tmp_path)
+    metrics.log_events([{"step": 1, "event": "bad_image", "position": 7}, {"step": 2, "event": "bad_image", "position": 99}])
+    metrics.log_events([{"step": 3, "event": "bad_image", "position": 120}])
+    assert len(read_lines(tmp_path / "events.jsonl")) == 3  # before close: a kill loses nothing
+    metrics.close()
+    assert capsys.readouterr().out.count("events.jsonl names every one") == 1
+    metrics = metrics_of(tmp_path, restored=1)
+    metrics.log_events([{"step": 2, "event": "bad_image", "position": 99}])
+    metrics.close()
+    lines = read_lines(tmp_path / "events.jsonl")
+    assert [(line["step"], line["position"], line["at_unix_s"]) for line in lines] == [(1, 7, 1000.0), (2, 99, 1000.0)]
+
+
 def test_a_torn_last_line_is_ignored_and_gone_after_the_next_start(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps(line_of(1)) + "\n"
@@ -139,12 +153,12 @@ def test_the_sentence_tells_what_is_there_and_no_more(tmp_path, capsys):
     metrics = metrics_of(tmp_path, restored=50, total=100, clock=clock)
     metrics.log_eval(50, {"images": 360, "top1": 0.9722, "top5": 1.0, "loss": 0.1})
     clock.now_s += 100.0
-    metrics.log_step(line_of(75, mfu=0.412, skipped=2))
+    metrics.log_step(line_of(75, mfu=0.412, skipped=2, bad_images=3))
     metrics.close()
     evaluated, sentence = capsys.readouterr().out.splitlines()
     assert evaluated == "evaluated after step 50: top-1 97.22%, loss 0.1000, 360 images"
     # 25 steps of this start took 100 s: the 25 that are left take as long, whatever was done before the resume.
-    assert sentence.endswith("mfu 41.2%  data 25.0%  skipped 2  top-1 97.22%  ETA 1m40s")
+    assert sentence.endswith("mfu 41.2%  data 25.0%  skipped 2  bad images 3  top-1 97.22%  ETA 1m40s")
 
 
 def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitscale.evaluation.classification import Scores
-from vitscale.training import trainer
+from vitscale.training import bad_images, trainer
+from vitscale.training.bad_images import TooManyBadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.trainer import Plan, due, train
 
@@ -19,6 +20,7 @@ PLAN = Plan(
     log_every_steps=1,
     eval_every_steps=2,
     save_every_steps=3,
+    bad_images_max=0.25,
     flops_per_image=1e9,
     peak_flops=None,
 )
@@ -26,8 +28,14 @@ SCORES = Scores(images=5, top1=0.5, top5=1.0, loss=0.25)
 
 
 @dataclass
+class Bad:
+    position: int
+
+
+@dataclass
 class Batch:
     number: int
+    bad: frozenset[int] = frozenset()
 
     @property
     def images_BHWC(self) -> Tensor:
@@ -41,11 +49,17 @@ class Batch:
     def samples_hash(self) -> int:
         return (1 << 64) - 10 + self.number
 
+    @property
+    def bad_images(self) -> list[Bad]:
+        return [Bad(self.number)] if self.number in self.bad else []
+
 
 class World:
     """Fakes of engine, objective, stream, metrics, evaluation and save that write down what is done with them."""
 
-    def __init__(self, *, accumulation: int = 2, skipped_steps: tuple[int, ...] = (), ranks: int = 1) -> None:
+    def __init__(
+        self, *, accumulation: int = 2, skipped_steps: tuple[int, ...] = (), ranks: int = 1, bad: tuple[int, ...] = ()
+    ) -> None:
         self.acts: list[Any] = []
         self.lines: list[dict[str, Any]] = []
         self.saved: list[TrainState] = []
@@ -54,6 +68,8 @@ class World:
         self.last_step_skipped = False
         self.skipped_steps = skipped_steps
         self.micro_batches = 0
+        self.bad = frozenset(bad)
+        self.events: list[dict[str, Any]] = []
 
     # engine
     def train(self) -> None:
@@ -90,12 +106,16 @@ class World:
     def stream(self) -> Iterator[Batch]:
         for number in range(100):
             self.acts.append(("batch", number))
-            yield Batch(number)
+            yield Batch(number, self.bad)
 
     # metrics
     def log_step(self, line: dict[str, Any]) -> None:
         self.acts.append(("log", line["step"]))
         self.lines.append(line)
+
+    def log_events(self, events: list[dict[str, Any]]) -> None:
+        self.acts.append(("events", len(events)))
+        self.events += events
 
     def log_eval(self, step: int, scores: dict[str, float]) -> None:
         self.acts.append(("log eval", step, scores["top1"]))
@@ -251,3 +271,78 @@ def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatc
         run(world)
     assert [line["step"] for line in world.lines] == [1, 2]
     assert world.saved == []
+
+
+# ---- bad images -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told_by_all(monkeypatch):
+    """Two ranks: the other one was told of the same images, at positions 100 higher."""
+
+    def gather(events: list[dict[str, Any]]) -> list[Any]:
+        return [[{**event, "position": 100 + event["position"]} for event in events], events]
+
+    monkeypatch.setattr(bad_images, "from_all_ranks", gather)
+
+
+def test_bad_images_of_all_ranks_are_counted_and_told_with_the_step_they_belong_to(told_by_all):
+    world = World(ranks=2, bad=(0, 1, 5))
+    end = run(world, plan=replace(PLAN, bad_images_max=1.0))
+    assert [line["bad_images"] for line in world.lines] == [4, 4, 6, 6] and end.bad_images == 6
+    told = [(event["step"], event["event"], event["position"]) for event in world.events]
+    assert told == [(step, "bad_image", position) for step, position in [(1, 0), (1, 1), (1, 100), (1, 101), (3, 5), (3, 105)]]
+
+
+def test_steps_that_are_not_logged_lose_no_bad_image_and_no_checkpoint_knows_of_an_untold_one(told_by_all):
+    world = World(ranks=2, bad=(0, 3, 5, 6))
+    run(world, plan=replace(PLAN, log_every_steps=0, bad_images_max=1.0))
+    assert [event["step"] for event in world.events] == [1, 1, 2, 2, 3, 3, 4, 4]
+    written = [act for act in world.acts if act[0] in ("events", "save", "log")]
+    assert written == [("events", 6), ("save", 3), ("events", 2), ("log", 4), ("save", 4)]
+    assert [state.bad_images for state in world.saved] == [6, 8]
+
+
+def test_a_resumed_run_counts_on(told_by_all):
+    world = World(ranks=2, bad=(0,))
+    assert run(world, TrainState(step=2, position=24, images_seen=24, bad_images=5)).bad_images == 7
+
+
+def test_without_bad_images_nothing_is_gathered():
+    assert run(World(ranks=2)).bad_images == 0  # gathering would need a process group
+
+
+# (bad micro-batches, share, step at which the run stops): 12 images a step, each bad micro-batch counts twice.
+BUDGETS = [
+    ((0,), 0.0, 1),
+    ((3,), 0.0, 2),
+    (range(5), 0.01, None),  # ten are always allowed
+    (range(6), 0.01, 3),
+    (range(6), 0.4, None),  # 12 of 36
+    (range(6), 0.3, 3),
+]
+
+
+@pytest.mark.parametrize(("bad", "share", "stops_at"), BUDGETS)
+@pytest.mark.parametrize("writes", [True, False])
+def test_past_the_budget_every_rank_stops_at_the_same_step(told_by_all, bad, share, stops_at, writes):
+    world = World(ranks=2, bad=tuple(bad))
+    plan = replace(PLAN, bad_images_max=share)
+    if stops_at is None:
+        run(world, plan=plan, writes=writes)
+        return
+    state = TrainState()
+    with pytest.raises(TooManyBadImages, match=r"of \d+ images were bad after step .* events\.jsonl") as caught:
+        run(world, state, plan=plan, writes=writes)
+    assert state.step == stops_at and caught.value.exit_code == 78 and not caught.value.every_rank_speaks
+    if writes:  # the last line says why
+        assert world.lines[-1]["bad_images"] == len(world.events) == state.bad_images
+
+
+def test_a_budget_is_noticed_within_fifty_steps_when_nothing_is_logged(told_by_all):
+    world = World(ranks=2, accumulation=1, bad=tuple(range(20)))
+    state = TrainState()
+    plan = replace(PLAN, total_steps=90, log_every_steps=0, eval_every_steps=0, save_every_steps=0, bad_images_max=0.01)
+    with pytest.raises(TooManyBadImages):
+        run(world, state, plan=plan)
+    assert state.step == 50
