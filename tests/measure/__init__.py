@@ -1,0 +1,1 @@
+"""Programs that measure and draw; their tests ask the same of less."""
