@@ -100,7 +100,7 @@ def draw(memory: Memory, images: int, to: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axes.plot(memory.epochs, memory.resident_bytes / 1e6, color="#1f5fa8", linewidth=1.5)
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set(xlim=(0, 2), ylim=(0, None), xlabel="epochs", ylabel="resident memory, MB")
+    axes.set(xlim=(0, 2), ylim=(0, 1.2 * memory.resident_bytes.max() / 1e6), xlabel="epochs", ylabel="resident memory, MB")
     axes.set_title(f"One process streaming {images:,} images: order, indexes, open files", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(to, dpi=150)
