@@ -178,7 +178,7 @@ class _Images:
     def _name(self, source: int, shard: int, bad: "_Bad") -> str:
         """`image KEY of shard NAME in DIR is bad (reason: detail)`, for messages."""
         manifest = self._manifests[source]
-        where = f"image {bad.key.decode()} of shard {manifest.shards[shard].name} in {manifest.directory}"
+        where = f"image {bad.key.decode()} of shard {manifest.shards[shard].name} in {manifest.tars_at}"
         return f"{where} is bad ({bad.reason}: {bad.detail})"
 
     def _places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,7 +237,7 @@ class _TrainImages(_Images):
                 continue  # is named at its own position
             return stored, BadSample(
                 position=number,
-                dataset=str(manifest.directory),
+                dataset=manifest.tars_at,
                 shard=manifest.shards[shard].name,
                 key=bad.key.decode(),
                 reason=bad.reason,

@@ -113,6 +113,15 @@ class Mixture:
         source, own = self.sources_at(np.array([position]))
         return self.orders[int(source[0])].stand_ins(int(own[0]), tries)
 
+    def shards_near(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """(source, shard) of all windows that `positions` lie in; see `Order.shards_near`."""
+        source, own = self.sources_at(positions)
+        return [
+            (number, shard)
+            for number, order in enumerate(self.orders)
+            for shard in order.shards_near(own[source == number]).tolist()
+        ]
+
     def slots_of_step(self, position: int, global_batch: int) -> np.ndarray:
         """The positions of the step that starts at `position`, sorted by (source, lane, epoch, row)."""
         positions = np.arange(position, position + global_batch, dtype=np.int64)

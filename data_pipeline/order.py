@@ -168,6 +168,32 @@ class Order:
             shard[members] = line.shard_at[shard_place]
         return Samples(epoch=epoch, lane=lane, row=row, shard=shard, index=index)
 
+    def shards_near(self, positions: np.ndarray) -> np.ndarray:
+        """Sorted shards of all windows that `positions` lie in: a superset of the shards they point at, found unshuffled.
+
+        Images of one window stand in for one another, and whoever reads one of them soon reads the others.
+        """
+        epoch, place_in_epoch = np.divmod(np.asarray(positions, dtype=np.int64), self.images)
+        row, lane = np.divmod(place_in_epoch, self.lanes)
+        found = []
+        for number in np.unique(epoch).tolist():
+            line, members = self._line(number), np.flatnonzero(epoch == number)
+            offset = line.offset_of_lane[lane[members]]
+            window = (row[members] + offset) // self.window
+            first_place, end_place = self._borders(lane[members], window, offset)
+            first, _ = locate(line.ends, first_place)
+            last, _ = locate(line.ends, end_place - 1)
+            found += [line.shard_at[a : b + 1] for a, b in set(zip(first.tolist(), last.tolist(), strict=True))]
+        return np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)
+
+    def _borders(self, lane: np.ndarray, window: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places on the line of the first row of windows, and behind their last."""
+        rows, longer_lanes = divmod(self.images, self.lanes)
+        lane_place = lane * rows + np.minimum(lane, longer_lanes)
+        first_row = np.maximum(0, window * self.window - offset)
+        end_row = np.minimum((window + 1) * self.window - offset, rows + (lane < longer_lanes))
+        return lane_place + first_row, lane_place + end_row
+
     def lanes_at(self, positions: np.ndarray) -> np.ndarray:
         """The lane of each of `positions`. Within a lane, positions rise with (epoch, row)."""
         return positions % self.images % self.lanes

@@ -35,7 +35,7 @@ class BadSample:
     position: int
     """In the order of the run."""
     dataset: str
-    """Directory of its manifest."""
+    """Directory or URL of its tars."""
     shard: str
     key: str
     reason: str

@@ -173,3 +173,18 @@ def test_slots_are_sorted_by_source_lane_epoch_row_and_shared_in_that_order(worl
         shares = [rank_slots(slots, rank=rank, world=world) for rank in range(world)]
         assert [len(share) for share in shares] == [48 // world] * world
         assert np.concatenate(shares).tolist() == slots.tolist()
+
+
+def test_the_shards_near_positions_hold_all_their_stand_ins():
+    mixture = mixture_of(2, 3, 1)
+    for start in range(0, 600, 24):
+        positions = np.arange(start, start + 24)
+        source, samples = mixture.samples_at(positions)
+        needed = set(zip(source.tolist(), samples.shard.tolist(), strict=True))
+        for position, number in zip(positions.tolist(), source.tolist(), strict=True):
+            needed |= {(number, shard) for shard, _ in mixture.stand_ins(position, 64)}
+        near = mixture.shards_near(positions)
+        assert needed <= set(near) and len(near) == len(set(near))
+    assert mixture.shards_near(np.array([], dtype=np.int64)) == []
+    one = mixture.shards_near(np.array([0]))
+    assert len(one) < len(SIZES[one[0][0]])  # near, not all
