@@ -178,12 +178,17 @@ def test_a_missing_file_is_no_bad_image(tmp_path, ending):
     assert caught.value.exit_code == 3
 
 
-def test_a_damaged_index_is_no_bad_image(tmp_path):
+@pytest.mark.parametrize("at", [-9, 40, 700, 1500])
+def test_a_damaged_index_is_no_bad_image(tmp_path, at):
+    """Whatever the flipped bit would have made of keys, labels and offsets: the run ends, and says which file it is."""
     manifest = dataset(tmp_path)
     path = tmp_path / "train-000003.parquet"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(HostFault, match=r"train-000003\.parquet"):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(HostFault, match=r"train-000003\.parquet does not have the sha256 of manifest\.json") as caught:
         steps_of(manifest)
+    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize(("number", "reason"), [(30, "wrong-hash"), (31, "unknown-format")])

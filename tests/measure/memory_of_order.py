@@ -21,7 +21,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import mixture_of
 from data_pipeline.manifest import INDEX_SCHEMA, Manifest, Shard, write_manifest, write_table
 from data_pipeline.storage import LocalStorage
-from vitscale.base.files import xxh3_64
+from vitscale.base.files import sha256_file, xxh3_64
 
 GLOBAL_BATCH = 4096
 READ_EVERY = 4
@@ -61,12 +61,13 @@ def fabricate(directory: Path, *, shards: int, rows: int) -> Manifest:
     }
     first = directory / "train-000000.parquet"
     write_table(first, columns, schema=INDEX_SCHEMA)
+    sha256 = sha256_file(first)
     names = [f"train-{number:06d}" for number in range(shards)]
     for name in names:
         (directory / f"{name}.tar").touch()
         if name != first.stem:
             os.link(first, directory / f"{name}.parquet")
-    records = [Shard(name=name, images=rows, tar_bytes=0, tar_sha256="", index_sha256="") for name in names]
+    records = [Shard(name=name, images=rows, tar_bytes=0, tar_sha256="", index_sha256=sha256) for name in names]
     return write_manifest(directory, shards=records, classes=["0"], images_read=shards * rows, rejected={}, build={})
 
 

@@ -57,7 +57,7 @@ class BadImages:
         allowed = max(BAD_IMAGES_ALLOWED, self._share_max * state.images_seen) if self._share_max else 0
         if state.bad_images > allowed:
             raise TooManyBadImages(
-                f"{state.bad_images} of {state.images_seen} images were bad after step {state.step}, more than "
-                f"data.bad_images_max={self._share_max:g} and the first {BAD_IMAGES_ALLOWED} allow; events.jsonl in the run "
-                "directory names each: restore the shards from a copy, or raise data.bad_images_max and start again"
+                f"{state.bad_images} of {state.images_seen} images were bad after step {state.step}, but "
+                f"data.bad_images_max={self._share_max:g} allows {int(allowed)} by then; events.jsonl in the run directory "
+                "names each: restore the shards from a copy, or raise data.bad_images_max and start again"
             )
