@@ -2,6 +2,8 @@
 
 import random
 from decimal import Decimal
+from fractions import Fraction
+from itertools import count
 
 import numpy as np
 import pytest
@@ -95,10 +97,10 @@ def assert_within_the_bound(weights: tuple[int, ...]) -> None:
     sources = len(weights)
     n = np.arange(1, SLOTS + 1)
     for source, weight in enumerate(weights):
-        count = np.cumsum(table == source)
-        assert count[-1] == weight
-        # In whole numbers: |count - n * weight / 4096| <= 1 - 1 / (2 K - 2).
-        assert (np.abs(count * SLOTS - n * weight) * (2 * sources - 2)).max() <= SLOTS * (2 * sources - 3)
+        served = np.cumsum(table == source)
+        assert served[-1] == weight
+        # In whole numbers: |served - n * weight / 4096| <= 1 - 1 / (2 K - 2).
+        assert (np.abs(served * SLOTS - n * weight) * (2 * sources - 2)).max() <= SLOTS * (2 * sources - 3)
 
 
 def test_every_prefix_of_every_source_stays_within_the_stated_bound():
@@ -188,3 +190,25 @@ def test_the_shards_near_positions_hold_all_their_stand_ins():
     assert mixture.shards_near(np.array([], dtype=np.int64)) == []
     one = mixture.shards_near(np.array([0]))
     assert len(one) < len(SIZES[one[0][0]])  # near, not all
+
+
+def test_the_written_definition_gives_the_same_table_and_stand_ins():
+    """docs/formats.md, section Order, step by step in fractions and plain integers."""
+    weights, given, written = (2458, 1229, 409), [0, 0, 0], []
+    shares, margin = [Fraction(weight, 4096) for weight in weights], Fraction(1, 2 * 3 - 2)
+    for n in range(1, 1001):
+        due = [k for k in range(3) if shares[k] * n - given[k] >= margin]
+        soonest = {k: next(m for m in count(n) if shares[k] * m - given[k] >= 1 - margin) for k in due}
+        written.append(min(due, key=lambda k: (soonest[k], k)))
+        given[written[-1]] += 1
+    assert arrangement(weights)[:1000].tolist() == written
+
+    sizes, seed = [7, 5], 4
+    order = Order(sizes, seed=seed, lanes=1, window=100, source=2)  # one window: the whole line
+    raw = np.random.Philox(key=seed | (1 | 2 << 32) << 64, counter=0).random_raw(2).tolist()
+    line = [(shard, row) for shard in sorted(range(2), key=raw.__getitem__) for row in range(sizes[shard])]
+    for position in range(12):
+        numbers = np.random.Philox(key=seed | (5 | 2 << 32) << 64, counter=position << 64).random_raw(64).tolist()
+        own = order.sample_at(position)
+        wanted = dict.fromkeys(line[number % 12] for number in numbers if line[number % 12] != (own.shard, own.index))
+        assert order.stand_ins(position, 64) == list(wanted)
