@@ -50,6 +50,7 @@ HOMES = {
     "deepspeed": ["vitscale.training.engine"],
     "matplotlib": ["vitscale.insight"],
     "numpy": [*PACKAGES],
+    "obstore": ["data_pipeline.store"],
     "PIL": ["data_pipeline.decode", "vitscale.insight"],
     "pyarrow": [
         "data_pipeline.labels",
