@@ -1,279 +1,266 @@
 """Raw images into WebDataset shards: list, scan, plan, write, and the manifest last (design.md 5.2).
 
-Each shard is written under a temporary name, read back, renamed, and recorded in DIR/.build/train-000000.json: it is
-finished iff that record exists and tar and index match it. The bytes of every file follow from the plan alone, so any
-number of workers, and any number of kills, give the same dataset.
+Pieces of the scan and shards are dealt among the ranks and worker processes as they come to ask (team.py). The bytes of
+every file follow from the source and the options alone, so any number of machines and workers, and any number of kills,
+give the same dataset.
 """
 
-import itertools
-import os
-import shutil
-import tarfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from webdataset.writer import TarWriter
+from typing import Any
 
 from data_pipeline.config import BuildConfig
-from data_pipeline.decode import image_header
-from data_pipeline.listing import Listing, write_listing
-from data_pipeline.manifest import INDEX_SCHEMA, REJECTS, REJECTS_SCHEMA, Manifest, Shard, write_manifest, write_table
-from data_pipeline.plan import BAD, GOOD, UNREAD, permutation, plan_hash, shard_bounds
-from data_pipeline.processes import disk_faults, run_tasks, watched
-from data_pipeline.scan import Scan, ScanSetup, scan_inputs, spill_path
-from data_pipeline.source import Source, Wanted
+from data_pipeline.destination import Destination
+from data_pipeline.exclude import Excluded
+from data_pipeline.labels_file import mapped_classes, read_label_map
+from data_pipeline.layout import PLAN, Layout, lay_out, read_layouts, rejects_path
+from data_pipeline.listing import Listing, read_listing, renumbering, write_listing
+from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, Manifest, Shard, write_manifest
+from data_pipeline.options import dataset_directory, options_of
+from data_pipeline.processes import disk_faults, run_tasks
+from data_pipeline.scan import ScanSetup, scan_inputs
+from data_pipeline.source import Source
 from data_pipeline.sources.open import open_source
-from data_pipeline.workshop import LIST, TIMM_INFO, WORK, begin_or_continue, claimed, finished_dataset, keep_plan, options_of
+from data_pipeline.team import Team
+from data_pipeline.workshop import (
+    LIST,
+    TIMM_INFO,
+    WORK,
+    begin_or_continue,
+    clear,
+    finished_datasets,
+    forget_files,
+    holds_build,
+    is_complete,
+    tidy,
+)
+from data_pipeline.write import Output, ShardTask, record_path, write_shard
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
-from vitscale.base.faults import fault_point
-from vitscale.base.files import fsync_path, publish, read_json, sha256_file, write_json, xxh3_64
+from vitscale.base.files import fsync_path, read_json, write_json
+from vitscale.base.progress import ImageBar
 
 MOST_INPUTS = 10**9  # a key has nine digits
-TAR_HEADER_BYTES = tarfile.BLOCKSIZE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where shards go and where their images come from; equal for all shards of a build."""
-
-    directory: Path
-    source: Source
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardTask:
-    """One shard of the plan; row i of every field is slot i."""
-
-    number: int
-    wanted: Wanted
-    labels: np.ndarray
-    sizes: np.ndarray
-    hashes: np.ndarray
-    pieces: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def name(self) -> str:
-        return f"train-{self.number:06d}"
+LATE_RANK_S = 60.0
+"""A rank that never saw rank 0, and finds the dataset complete for so long, came when all was over."""
 
 
 def build_dataset(config: BuildConfig, out: Path, *, workers: int, show_progress: bool = True) -> Manifest:
-    """Build the dataset, continue a build that was interrupted, or return the one that is complete.
+    """Build one dataset in this process and its workers; what build_datasets does for a configuration without splits."""
+    assert config.split is None
+    return build_datasets(config, out, workers=workers, show_progress=show_progress)[0]
 
-    One worker means this process alone. Raises UsageError when the options, the source or the directory do not fit,
-    EnvironmentFault and TransientFault for files and disks, BadDataError when no image is good or `on_bad` says stop.
+
+def build_datasets(
+    config: BuildConfig,
+    out: Path,
+    *,
+    workers: int,
+    team: Team | None = None,
+    url: str | None = None,
+    replan: bool = False,
+    show_progress: bool = True,
+) -> tuple[Manifest, ...]:
+    """Build the datasets of all splits, continue a build that was interrupted, or return those that are complete.
+
+    Called by every rank with equal arguments; `out` is a directory that all of them see. One worker means this process
+    alone. `url`: the store that gets the dataset; `out` then keeps all but the tars. `replan`: delete what is there first.
+
+    Raises UsageError when the options, the source or the directory do not fit, EnvironmentFault and TransientFault for
+    files, disks and ranks that are gone, BadDataError when no image is good or `on_bad` says stop.
     """
     if not 0 <= config.seed < 2**64:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {config.seed}")
+    team = team or Team()
+    build = _Build(config, out, workers=workers, team=team, url=url, is_shown=show_progress and team.rank == 0)
     with disk_faults(out):
-        if (finished := finished_dataset(config, out)) is not None:
-            return finished
+        if team.rank == 0:
+            build.lead(replan=replan)
+        else:
+            build.join(replan=replan)
+        finished = finished_datasets(config, out)
+        assert finished is not None, "the build is complete"
+        return finished
+
+
+class _Build:
+    """One rank of a build."""
+
+    def __init__(self, config: BuildConfig, out: Path, *, workers: int, team: Team, url: str | None, is_shown: bool) -> None:
+        self._config = config
+        self._out = out
+        self._work = out / WORK
+        self._workers = workers
+        self._team = team
+        self._url = url
+        self._is_shown = is_shown
+
+    def lead(self, *, replan: bool) -> None:
+        """Rank 0: list the inputs, let the other ranks join, and take part."""
+        config, out = self._config, self._out
+        options = options_of(config)
+        if not (replan and holds_build(out)) and finished_datasets(config, out) is not None:
+            tidy(out)
+            return
         source = open_source(config.source)
-        out.mkdir(parents=True, exist_ok=True)
-        with claimed(out):
-            listing = write_listing(source, out / WORK / LIST)
-            inputs = _selected(listing, config)
+        with self._team.leading(self._work, options) as let_join:
+            if replan:
+                forget_files(out)
+            listing = write_listing(source, self._work / LIST)
             begin_or_continue(config, out, listing)
-            setup = ScanSetup(source=source, directory=out / WORK, config=config)
-            scan = scan_inputs(setup, inputs, workers=workers, is_shown=show_progress)
-            if not (scan.status == GOOD).any():
-                reason, example = _commonest(scan, inputs)
-                shutil.rmtree(out / WORK)  # nothing to continue: the next start must look at repaired images again
-                raise BadDataError(f"expected good images in {config.source}, all are bad, mostly {reason}, such as {example}")
-            rows, plan = _plan(config, inputs, scan)
-            keep_plan(out, plan)
-            output = Output(directory=out, source=source)
-            written = run_tasks(write_shard, output, _tasks(config, inputs, scan, rows), workers=workers)
-            counted = ((shard, shard.images) for shard in written)
-            shards = watched(counted, images=len(rows), what="writing", is_shown=show_progress)
-            shards.sort(key=lambda shard: (len(shard.name), shard.name))
-            return _complete(config, out, inputs, scan, shards, plan=plan, listed=len(listing))
+            let_join()
+            self._take_part(source, listing)
 
+    def join(self, *, replan: bool) -> None:
+        """Another rank: take part as soon as rank 0 has listed the inputs."""
+        began_at_s = time.monotonic()
 
-def write_shard(output: Output, task: ShardTask) -> Shard:
-    """Write, prove and publish the tar and the index of one shard; a finished one is kept."""
-    work = output.directory / WORK
-    tar, index = (output.directory / f"{task.name}{ending}" for ending in (".tar", ".parquet"))
-    record = work / f"{task.name}.json"
-    if (kept := _kept(record, tar, index)) is not None:
-        return kept
-    temporary = work / f"{task.name}.tar.tmp"
-    rows: list[dict[str, Any]] = []
-    with open(temporary, "wb", buffering=1 << 20) as file:
-        writer = _tar_writer(file)
-        for slot, content in enumerate(_contents(output, task)):
-            rows.append(_write_sample(writer, task, slot, content))
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    _prove(temporary, rows)
-    tar_sha256 = sha256_file(temporary)
-    publish(temporary, tar)
-    write_table(index, {name: [row[name] for row in rows] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
-    shard = Shard(
-        name=task.name,
-        images=len(rows),
-        tar_bytes=tar.stat().st_size,
-        tar_sha256=tar_sha256,
-        index_sha256=sha256_file(index),
-    )
-    write_json(record, vars(shard))
-    fault_point("build.shard", shard=task.number)
-    return shard
+        def is_over() -> bool:
+            return is_complete(self._config, self._out) and (not replan or time.monotonic() - began_at_s > LATE_RANK_S)
 
+        with self._team.joining(self._work, options_of(self._config), is_over=is_over) as is_in:
+            if is_in:
+                self._take_part(open_source(self._config.source), None)
 
-def _tar_writer(file: BinaryIO) -> TarWriter:
-    """Plain USTAR, and nothing of this machine or this minute in the headers."""
-    writer = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
-    # webdataset 1.0.2 takes `format` and drops it, so tarfile's own default, PAX, would decide.
-    writer.tarstream.format = tarfile.USTAR_FORMAT
-    return writer
+    def _take_part(self, source: Source, listing: Listing | None) -> None:
+        """Scan, plan, write and complete, as far as no other rank does."""
+        try:
+            inputs, listed = self._selected(listing or read_listing(self._work / LIST))
+            if not (self._work / PLAN).exists():
+                self._plan(source, inputs, listed)
+            self._write(source, inputs)
+            self._complete(inputs.classes)
+        except (EnvironmentFault, FileNotFoundError):
+            if not self._is_complete():  # else: another rank has completed the build and cleared the workshop
+                raise
 
+    def _is_complete(self) -> bool:
+        return is_complete(self._config, self._out)
 
-def _write_sample(writer: TarWriter, task: ShardTask, slot: int, content: bytes) -> dict[str, Any]:
-    """Append KEY.ext and KEY.cls, and return the row of the index."""
-    key = f"{task.wanted.numbers[slot]:09d}"
-    header = image_header(content)
-    offset = writer.tarstream.offset + TAR_HEADER_BYTES
-    # Two calls, because one would sort the members and put the label first.
-    writer.write({"__key__": key, header.format: content})
-    label = int(task.labels[slot])
-    if label >= 0:
-        writer.write({"__key__": key, "cls": str(label).encode("ascii")})
-    image_hash = xxh3_64(content)
-    return {
-        "key": key,
-        "image_offset": offset,
-        "image_size": len(content),
-        "label": label,
-        "labels": None,
-        "width": header.width,
-        "height": header.height,
-        "orientation": header.orientation,
-        "format": header.format,
-        "image_xxh3": image_hash,
-        "source": task.wanted.names[slot],
-        "source_xxh3": image_hash,
-    }
+    def _selected(self, inputs: Listing) -> tuple[Listing, int]:
+        """The inputs of the wanted classes, and how many there are of all."""
+        config = self._config
+        if inputs.numbers[-1] >= MOST_INPUTS:
+            raise UsageError(
+                f"expected at most {MOST_INPUTS:,} inputs, {config.source} lists {len(inputs):,}; split the source"
+            )
+        for flag, value in (("--per-class", config.per_class), ("--labels", config.labels), ("--classes", config.classes)):
+            if value is not None and not inputs.classes:
+                raise UsageError(f"{flag} needs classes, and {config.source} has no labels; drop {flag}")
+        if config.labels is not None:
+            classes, number_of = mapped_classes(inputs.classes, read_label_map(Path(config.labels)))
+            if config.classes is not None:
+                number_of = renumbering(classes, config.classes)[number_of]
+            selected = inputs.renumbered(config.classes or classes, number_of)
+        elif config.classes is not None:
+            selected = inputs.narrowed(config.classes)
+        else:
+            return inputs, len(inputs)
+        if not len(selected):
+            raise UsageError(f"{config.source} has no image of {', '.join(selected.classes[:5])}; name other classes")
+        return selected, len(inputs)
 
+    def _plan(self, source: Source, inputs: Listing, listed: int) -> None:
+        """Scan, and write the plan or wait for it."""
+        config, work = self._config, self._work
+        setup = ScanSetup(source=source, directory=work, config=config)
+        excluded = Excluded(config.exclude)
+        scan = scan_inputs(setup, inputs, excluded, team=self._team, workers=self._workers, is_shown=self._is_shown)
+        if self._team.claim("plan"):
+            try:
+                lay_out(config, inputs, scan, excluded, work=work, listed=listed)
+            except (BadDataError, UsageError):
+                clear(self._out)  # nothing to continue: the next start must look at repaired images and other options
+                raise
+        self._team.wait_for_files([work / PLAN], is_over=self._is_complete)
 
-def _contents(output: Output, task: ShardTask) -> Iterator[bytes]:
-    """Source bytes of the shard's images in the order of their slots, compared with the hash of the scan."""
-    contents = output.source.read(task.wanted) if output.source.is_random_access else _spilled(output, task)
-    for slot, (name, content) in enumerate(zip(task.wanted.names, contents, strict=True)):
-        if not isinstance(content, bytes) or xxh3_64(content) != task.hashes[slot]:
-            raise UsageError(f"{name} has changed since the build began; start over with --replan")
-        yield content
+    def _write(self, source: Source, inputs: Listing) -> None:
+        layouts = read_layouts(self._work)
+        for layout in layouts:
+            self._destination(layout.split).directory.mkdir(parents=True, exist_ok=True)
+        images = sum(layout.images for layout in layouts)
+        with ImageBar(images=images, what="writing", is_shown=self._is_shown) as bar:
+            output = Output(work=self._work, source=source)
+            tasks = self._tasks(layouts, inputs, bar)
+            for written in run_tasks(write_shard, output, tasks, workers=self._workers):
+                self._team.report(written.name)
+                bar.add(written.images, written.image_bytes)
+        names = [name for layout in layouts for name in layout.shard_names()]
+        self._team.wait_for_tasks(names, is_over=self._is_complete)
 
+    def _tasks(self, layouts: list[Layout], inputs: Listing, bar: ImageBar) -> Iterator[ShardTask]:
+        """The shards that nobody else writes."""
+        for layout in layouts:
+            for number, name in enumerate(layout.shard_names()):
+                if not self._team.claim(name):
+                    bar.add(layout.bounds[number + 1] - layout.bounds[number])
+                    continue
+                places = layout.places(self._work, number)
+                rows = places["row"]
+                yield ShardTask(
+                    number=number,
+                    name=name,
+                    destination=self._destination(layout.split),
+                    wanted=inputs.wanted(rows),
+                    labels=inputs.labels[rows],
+                    all_labels=inputs.labels_of(rows) if layout.most_labels > 1 else None,
+                    places=places,
+                )
 
-def _spilled(output: Output, task: ShardTask) -> Iterator[bytes]:
-    for slot in range(len(task.wanted)):
-        path = spill_path(output.directory / WORK, int(task.pieces[slot]))
-        yield _pread(path, int(task.offsets[slot]), int(task.sizes[slot]))
+    def _complete(self, classes: tuple[str, ...]) -> None:
+        """Rejects, timm's list and the manifest of each split, in this order; then the workshop is cleared."""
+        if not self._team.claim("manifest"):
+            self._team.wait_for_tasks(["manifest"], is_over=self._is_complete)
+            return
+        infos = {}
+        for layout in read_layouts(self._work):
+            shards = [Shard(**read_json(record_path(self._work, name))) for name in layout.shard_names()]
+            destination = self._destination(layout.split)
+            destination.copy(rejects_path(self._work, layout.split), REJECTS)
+            destination.write_json(TIMM_INFO, {"splits": {layout.split: _timm_split(layout, shards)}})
+            infos[layout.split] = _timm_split(layout, shards, folder=f"{layout.split}/")
+            if destination.url is not None:
+                write_json(destination.directory / LOCATION, {"tars_at": destination.url})
+            self._keep_manifest(layout, shards, classes)
+        if self._config.split is not None:
+            Destination(directory=self._out, url=self._url).write_json(TIMM_INFO, {"splits": infos})
+        for layout in read_layouts(self._work):
+            self._destination(layout.split).copy(self._kept(layout) / MANIFEST, MANIFEST)
+        fsync_path(self._out)
+        clear(self._out)
 
-
-def _pread(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, offset)
-
-
-def _prove(tar: Path, rows: list[dict[str, Any]]) -> None:
-    """Read every image back from the place the index gives, before either file has its name."""
-    with open(tar, "rb", buffering=0) as file:
-        for row in rows:
-            stored = os.pread(file.fileno(), row["image_size"], row["image_offset"])
-            if xxh3_64(stored) != row["image_xxh3"]:
-                raise EnvironmentFault(f"{tar} does not give back what was written (image {row['key']}); check the disk")
-
-
-def _kept(record: Path, tar: Path, index: Path) -> Shard | None:
-    """The record of a shard an earlier start finished, if its files are what the record says."""
-    if not (record.exists() and tar.exists() and index.exists()):
-        return None
-    shard = Shard(**read_json(record))
-    is_whole = tar.stat().st_size == shard.tar_bytes and sha256_file(tar) == shard.tar_sha256
-    return shard if is_whole and sha256_file(index) == shard.index_sha256 else None
-
-
-def _selected(inputs: Listing, config: BuildConfig) -> Listing:
-    """The inputs of the wanted classes."""
-    if inputs.numbers[-1] >= MOST_INPUTS:
-        raise UsageError(f"expected at most {MOST_INPUTS:,} inputs, {config.source} lists {len(inputs):,}; split the source")
-    if config.per_class is not None and not inputs.classes:
-        raise UsageError(f"--per-class needs classes, and {config.source} has no labels; drop --per-class")
-    if config.classes is None:
-        return inputs
-    narrowed = inputs.narrowed(config.classes)
-    if not len(narrowed):
-        raise UsageError(f"--classes: {config.source} has no image of {', '.join(config.classes)}; name other classes")
-    return narrowed
-
-
-def _plan(config: BuildConfig, inputs: Listing, scan: Scan) -> tuple[np.ndarray, dict[str, Any]]:
-    """Rows of the survivors in the order they are stored, and the record of the plan."""
-    survivors = np.flatnonzero(scan.status == GOOD)
-    sha256 = plan_hash(options_of(config), inputs.numbers[survivors], scan.hashes[survivors], inputs.labels[survivors])
-    return survivors[permutation(len(survivors), config.seed)], {"plan_sha256": sha256, "images": len(survivors)}
-
-
-def _tasks(config: BuildConfig, inputs: Listing, scan: Scan, rows: np.ndarray) -> Iterator[ShardTask]:
-    bounds = shard_bounds(scan.sizes[rows], shard_bytes=config.shard_bytes, shard_images=config.shard_images)
-    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        part = rows[start:stop]
-        yield ShardTask(
-            number=number,
-            wanted=inputs.wanted(part),
-            labels=inputs.labels[part],
-            sizes=scan.sizes[part],
-            hashes=scan.hashes[part],
-            pieces=scan.pieces[part],
-            offsets=scan.offsets[part],
+    def _keep_manifest(self, layout: Layout, shards: list[Shard], classes: tuple[str, ...]) -> None:
+        """Write the manifest into the workshop, where it is none yet."""
+        self._kept(layout).mkdir(exist_ok=True)
+        write_manifest(
+            self._kept(layout),
+            shards=shards,
+            classes=list(classes),
+            most_labels=layout.most_labels,
+            images_read=layout.images + sum(layout.rejected.values()),
+            rejected=layout.rejected,
+            build={
+                "options": options_of(self._config),
+                "split": None if self._config.split is None else layout.split,
+                "plan_sha256": layout.plan_sha256,
+                "left_out": layout.left_out,
+                "exact_duplicates": layout.exact_duplicates,
+            },
         )
 
+    def _kept(self, layout: Layout) -> Path:
+        return self._work / f"manifest-{layout.split}"
 
-def _complete(
-    config: BuildConfig, out: Path, inputs: Listing, scan: Scan, shards: list[Shard], *, plan: dict[str, Any], listed: int
-) -> Manifest:
-    """Write rejects, timm's list and the manifest, in this order, and clear the workshop."""
-    bad = np.flatnonzero(scan.status == BAD)
-    names = inputs.names_of(bad)
-    reasons = [scan.reasons[row][0] for row in bad.tolist()]
-    details = [scan.reasons[row][1] for row in bad.tolist()]
-    columns = {"input": inputs.numbers[bad], "source": names, "reason": reasons, "detail": details}
-    write_table(out / REJECTS, columns, schema=REJECTS_SCHEMA)
-    split = {
-        "name": "train",
-        "num_samples": sum(shard.images for shard in shards),
-        "filenames": [f"{shard.name}.tar" for shard in shards],
+    def _destination(self, split: str) -> Destination:
+        url = self._url if self._config.split is None or self._url is None else f"{self._url}/{split}"
+        return Destination(directory=dataset_directory(self._config, self._out, split), url=url)
+
+
+def _timm_split(layout: Layout, shards: list[Shard], *, folder: str = "") -> dict[str, Any]:
+    """What timm wants to know of a split; `alt_label` names the member of KEY.json that holds the labels."""
+    return {
+        "name": layout.split,
+        "num_samples": layout.images,
+        "filenames": [f"{folder}{shard.name}.tar" for shard in shards],
         "shard_lengths": [shard.images for shard in shards],
-    }
-    write_json(out / TIMM_INFO, {"splits": {"train": split}})
-    images_read = int(np.count_nonzero(scan.status != UNREAD))
-    hashes = scan.hashes[scan.status == GOOD]
-    manifest = write_manifest(
-        out,
-        shards=shards,
-        classes=list(inputs.classes),
-        images_read=images_read,
-        rejected={reason: reasons.count(reason) for reason in sorted(set(reasons))},
-        build={
-            "options": options_of(config),
-            "plan_sha256": plan["plan_sha256"],
-            "left_out": listed - images_read,
-            "exact_duplicates": len(hashes) - len(np.unique(hashes)),
-        },
-    )
-    shutil.rmtree(out / WORK)
-    fsync_path(out)
-    return manifest
-
-
-def _commonest(scan: Scan, inputs: Listing) -> tuple[str, str]:
-    """The most frequent reason of a reject, and an input that has it."""
-    reasons = [reason for reason, _ in scan.reasons.values()]
-    reason = max(sorted(set(reasons)), key=reasons.count)
-    row = next(row for row, (found, _) in scan.reasons.items() if found == reason)
-    return reason, inputs.names_of(np.array([row]))[0]
+    } | ({"alt_label": "labels"} if layout.most_labels > 1 else {})

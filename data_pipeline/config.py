@@ -119,30 +119,46 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """How raw images become shards. Everything here but the workers goes into the plan hash: a build continues only
-    with equal options."""
+    """How raw images become shards. Everything here goes into the plan hash: a build continues only with equal options.
+    Of files and datasets named here their content counts, not their place."""
 
     source: str
-    """SOURCE as on the command line: imagefolder:PATH, parquet:PATH, digits:, digits:train, digits:eval."""
+    """SOURCE as on the command line, such as imagefolder:PATH, parquet:PATH or digits:."""
     shard_bytes: int | None = 256_000_000
     """Close a shard when its image bytes would pass this; None: cut by shard_images."""
     shard_images: int | None = None
     """Images per shard; None: cut by shard_bytes."""
+    resize_short: int | None = None
+    """Pixels of the short side above which an image is shrunk to this and stored as JPEG; None: store what was read."""
+    quality: int = 90
+    """JPEG quality of shrunk images, 1 to 100."""
     seed: int = 0
     """Seed of the global permutation of the images over (shard, slot)."""
+    labels: str | None = None
+    """File of lines `source_class,name`: its names become the labels, in order of first appearance. None: source's own."""
     classes: tuple[str, ...] | None = None
     """Keep only these classes, in this order: the first becomes label 0. None: all."""
     per_class: int | None = None
     """Keep at most this many images of each class, the lowest input numbers first. None: all."""
+    split: tuple[tuple[str, str], ...] | None = None
+    """Names of several datasets and their shares as decimal numbers that add up to 1. None: one dataset, `train`."""
+    dedup: bool = False
+    """Reject an image whose bytes equal those of an input with a lower number."""
+    exclude: tuple[str, ...] = ()
+    """Directories of datasets whose images are rejected."""
     on_bad: Literal["skip", "stop"] = "skip"
     """A bad image goes to rejects.parquet (skip), or ends the build with exit 78 (stop)."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are rejected before they are decoded."""
+    max_bytes: int = 64_000_000
+    """Images with more bytes than this are rejected before they are decoded."""
 
     def __post_init__(self) -> None:
         if (self.shard_bytes is None) == (self.shard_images is None):
             raise ValueError("give exactly one of --shard-size and --shard-images")
-        for name in ("shard_bytes", "shard_images", "per_class", "max_pixels"):
+        for name in ("shard_bytes", "shard_images", "resize_short", "per_class", "max_pixels", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be within 1 and 100, got {self.quality}")

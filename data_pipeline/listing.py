@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.labels import ChunkLabels, LabelReader
+from data_pipeline.labels import MOST_CLASSES, ChunkLabels, LabelReader
 from data_pipeline.source import Chunk, Source, Wanted, packed
 from vitscale.base.errors import EnvironmentFault, UsageError, nearest
 from vitscale.base.files import canonical_json, fsync_path, publish, read_json, sha256_bytes, sha256_file, write_json
@@ -73,7 +73,7 @@ class Listing:
         on_disk = self._on_disk(rows)
         starts, stops = self.label_starts[on_disk].tolist(), self.label_starts[on_disk + 1].tolist()
         found = [self._here(self.all_labels[start:stop]) for start, stop in zip(starts, stops, strict=True)]
-        return [numbers[numbers >= 0].tolist() for numbers in found]
+        return [list(dict.fromkeys(numbers[numbers >= 0].tolist())) for numbers in found]
 
     def wanted(self, rows: np.ndarray) -> Wanted:
         """What the source needs to read these rows."""
@@ -85,8 +85,14 @@ class Listing:
 
         Raises UsageError for an unknown class, and for one named twice.
         """
+        return self.renumbered(classes, renumbering(self.classes, classes))
+
+    def renumbered(self, classes: tuple[str, ...], number_of: np.ndarray) -> "Listing":
+        """The inputs that have one of these classes. Several classes of the source may become one.
+
+        `number_of`: int32 place in `classes` of each class here; -1: not wanted; the last entry serves label -1.
+        """
         assert self.rows_on_disk is None, "narrowed once"
-        number_of = _renumbering(self.classes, classes)
         rows, labels, most = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
         for start in range(0, len(self), _ROWS_AT_ONCE):
             first, counts = self._narrowed_part(slice(start, start + _ROWS_AT_ONCE), number_of)
@@ -114,8 +120,11 @@ class Listing:
         assert self.all_labels is not None and self.label_starts is not None
         starts = self.label_starts[part.start : part.stop + 1]
         numbers = number_of[self.all_labels[starts[0] : starts[-1]]]
-        owners = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[numbers >= 0]
-        return _first_and_counts(numbers[numbers >= 0], np.bincount(owners, minlength=len(starts) - 1))
+        owners = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        # Two labels that become one are one label; its first place counts.
+        kept = np.sort(np.unique(owners * (MOST_CLASSES + 1) + numbers, return_index=True)[1])
+        kept = kept[numbers[kept] >= 0]
+        return _first_and_counts(numbers[kept], np.bincount(owners[kept], minlength=len(starts) - 1))
 
     def _on_disk(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.rows_on_disk is None else self.rows_on_disk[rows]
@@ -262,7 +271,11 @@ def _first_and_counts(numbers: np.ndarray, counts: np.ndarray) -> tuple[np.ndarr
     return first, counts
 
 
-def _renumbering(classes: tuple[str, ...], wanted: tuple[str, ...]) -> np.ndarray:
+def renumbering(classes: tuple[str, ...], wanted: tuple[str, ...]) -> np.ndarray:
+    """int32 place in `wanted` of each class; -1: not wanted; the last entry serves label -1.
+
+    Raises UsageError for an unknown class, and for one named twice.
+    """
     number_of = np.full(len(classes) + 1, -1, np.int32)  # the last entry serves label -1
     for number, name in enumerate(wanted):
         if name not in classes:

@@ -11,7 +11,7 @@ The index of a shard is loaded on demand: memory does not grow with the dataset.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,12 +207,19 @@ def write_table(path: Path, columns: Mapping[str, Any], *, schema: pa.Schema | N
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """Read all columns of a Parquet file; text becomes object arrays. Raises EnvironmentFault naming the file."""
+def append_tables(path: Path, parts: Iterable[Mapping[str, Any]], *, schema: pa.Schema) -> None:
+    """Write a Parquet file part by part, for tables too long for memory. The caller gives the file its final name."""
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for part in parts:
+            writer.write_table(pa.table(dict(part), schema=schema))
+
+
+def read_table(path: Path, *, columns: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Read the (given) columns of a Parquet file; text becomes object arrays. Raises EnvironmentFault naming the file."""
     try:
         # Not pq.read_table: it takes a folder named `a=b` above the file for one more column.
         with pq.ParquetFile(path) as file:
-            table = file.read(use_threads=False)
+            table = file.read(columns=columns, use_threads=False)
     except FileNotFoundError:
         raise EnvironmentFault(f"expected a file at {path}, found none") from None
     except (OSError, pa.ArrowException) as error:

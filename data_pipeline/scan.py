@@ -1,8 +1,9 @@
 """First pass of a build: read every candidate, decode it completely, hash it, and write down what came out.
 
-DIR/.build/scan-000000.parquet    one row per input of piece 0: number, size, source hash, reason (empty: good), detail
-DIR/.build/spill-000000           source bytes of the good images of piece 0, one after the other, only for sources
-                                  without cheap random access
+DIR/.build/scan-000000.parquet    one row per input of piece 0: number; size and xxh3 of what was read and of what will be
+                                  stored; place in the spill file (-1: not there); reason (empty: good) and its detail
+DIR/.build/spill-000000           bytes to store, one image after the other: of images that were shrunk (they are decoded
+                                  here and never again), and of all images of sources without cheap random access
 
 A *piece* is a run of candidates of one group; it is scanned iff its scan file exists, so a killed scan continues.
 """
@@ -15,14 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import BuildConfig
-from data_pipeline.decode import BadImage, decode_full
+from data_pipeline.decode import BadImage, decode_full, image_header
+from data_pipeline.exclude import Excluded
 from data_pipeline.listing import Listing
 from data_pipeline.manifest import read_table, write_table
-from data_pipeline.plan import BAD, GOOD, UNREAD, candidates
-from data_pipeline.processes import run_tasks, watched
+from data_pipeline.plan import BAD, DUPLICATE, EXCLUDED, GOOD, UNREAD, candidates, duplicates, in_parts
+from data_pipeline.processes import run_tasks
+from data_pipeline.resize import Shrink
 from data_pipeline.source import Source, Unusable, Wanted
+from data_pipeline.team import Team
 from vitscale.base.errors import BadDataError
+from vitscale.base.faults import fault_point
 from vitscale.base.files import publish, xxh3_64
+from vitscale.base.progress import ImageBar
 
 # A piece is short enough to share among workers and to lose in a kill, and long enough for few files. It follows from
 # the number of inputs alone: another number of workers must find the pieces of the killed build.
@@ -31,20 +37,38 @@ LEAST_PIECE, MOST_PIECE, PIECES = 64, 4096, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What is known of every selected input; row i belongs to row i of the list."""
+    """What is known of every selected input, 44 bytes each; row i belongs to row i of the list."""
 
     status: np.ndarray
-    """int8: UNREAD (left out by --per-class), GOOD or BAD."""
-    sizes: np.ndarray
-    """int64 bytes of the source."""
+    """int8: UNREAD (left out by --per-class), GOOD, BAD, EXCLUDED or DUPLICATE."""
+    source_sizes: np.ndarray
+    """int32 bytes that were read; 0: there were none."""
     hashes: np.ndarray
-    """uint64 xxh3 of the source bytes."""
+    """uint64 xxh3 of the bytes that were read."""
+    sizes: np.ndarray
+    """int32 bytes to store."""
+    image_hashes: np.ndarray
+    """uint64 xxh3 of the bytes to store."""
     pieces: np.ndarray
     """int32 piece that read the input."""
     offsets: np.ndarray
-    """int64 place of the bytes in the spill file of that piece."""
-    reasons: dict[int, tuple[str, str]]
-    """Reason and detail by row, for bad inputs."""
+    """int64 place of the bytes to store in the spill file of that piece; -1: they are read from the source again."""
+    causes: np.ndarray
+    """int64: for EXCLUDED the place in the excluded datasets, for DUPLICATE the row that is kept."""
+
+    @classmethod
+    def of(cls, count: int) -> "Scan":
+        # Zeros cost no memory before they are touched.
+        return cls(
+            status=np.full(count, UNREAD, np.int8),
+            source_sizes=np.zeros(count, np.int32),
+            hashes=np.zeros(count, np.uint64),
+            sizes=np.zeros(count, np.int32),
+            image_hashes=np.zeros(count, np.uint64),
+            pieces=np.zeros(count, np.int32),
+            offsets=np.zeros(count, np.int64),
+            causes=np.zeros(count, np.int64),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +79,11 @@ class ScanSetup:
     directory: Path
     config: BuildConfig
 
+    @property
+    def shrink(self) -> Shrink | None:
+        short = self.config.resize_short
+        return None if short is None else Shrink(short=short, quality=self.config.quality)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -64,70 +93,88 @@ class Piece:
     wanted: Wanted
 
 
-def scan_inputs(setup: ScanSetup, inputs: Listing, *, workers: int, is_shown: bool) -> Scan:
-    """Read what the options select, in as many rounds as bad images under --per-class ask for.
+@dataclass(frozen=True, kw_only=True)
+class ScannedInput:
+    """One row of a scan file."""
+
+    source_size: int = 0
+    source_xxh3: int = 0
+    size: int = 0
+    image_xxh3: int = 0
+    offset: int = -1
+    reason: str = ""
+    detail: str = ""
+
+
+def scan_inputs(setup: ScanSetup, inputs: Listing, excluded: Excluded, *, team: Team, workers: int, is_shown: bool) -> Scan:
+    """Read what the options select, in as many rounds as rejects under --per-class ask for; all ranks see the same.
 
     Raises BadDataError at a bad image when the options say stop.
     """
-    count = len(inputs)
-    scan = Scan(
-        status=np.full(count, UNREAD, np.int8),
-        sizes=np.zeros(count, np.int64),
-        hashes=np.zeros(count, np.uint64),
-        pieces=np.zeros(count, np.int32),
-        offsets=np.zeros(count, np.int64),
-        reasons={},
-    )
+    scan = Scan.of(len(inputs))
     pieces = 0
     while len(rows := candidates(inputs.labels, scan.status, setup.config.per_class)):
         runs = list(_runs(rows, inputs.groups))
         todo = [number for number, run in enumerate(runs, start=pieces) if not scan_path(setup.directory, number).exists()]
-        tasks = (_piece(number, runs[number - pieces], inputs) for number in todo)
-        finished = run_tasks(scan_piece, setup, tasks, workers=workers)
         images = sum(len(runs[number - pieces]) for number in todo)
-        watched(((None, done) for done in finished), images=images, what="reading", is_shown=is_shown and images > 0)
+        with ImageBar(images=images, what="reading", is_shown=is_shown) as bar:
+
+            def mine(
+                runs: list[np.ndarray] = runs, todo: list[int] = todo, first: int = pieces, bar: ImageBar = bar
+            ) -> Iterator[Piece]:
+                for number in todo:
+                    if team.claim(scan_path(setup.directory, number).stem):
+                        yield Piece(piece=number, wanted=inputs.wanted(runs[number - first]))
+                    else:
+                        bar.add(len(runs[number - first]))
+
+            for read, read_bytes in run_tasks(scan_piece, setup, mine(), workers=workers):
+                bar.add(read, read_bytes)
+        team.wait_for_files([scan_path(setup.directory, number) for number in todo])
         for number, run in enumerate(runs, start=pieces):
-            _take_over(scan, number, run, read_table(scan_path(setup.directory, number)))
+            _take_over(scan, number, run, setup.directory)
         pieces += len(runs)
+        _judge(scan, excluded, is_deduplicated=setup.config.dedup)
     return scan
 
 
-def scan_piece(setup: ScanSetup, piece: Piece) -> int:
-    """Read, decode and hash the inputs of a piece, then publish its files. Returns how many inputs it had."""
-    rows: list[tuple[int, int, str, str]] = []  # size, hash, reason, detail
-    spill_temporary = setup.directory / f"spill-{piece.piece:06d}.tmp"
-    with open(os.devnull if setup.source.is_random_access else spill_temporary, "wb") as spill:
+def scan_piece(setup: ScanSetup, piece: Piece) -> tuple[int, int]:
+    """Read, decode and hash the inputs of a piece, then publish its files. Returns how many inputs and bytes it had."""
+    rows: list[ScannedInput] = []
+    spill_temporary = setup.directory / f"spill-{piece.piece:06d}.tmp-{os.getpid()}"
+    with open(spill_temporary, "wb", buffering=1 << 20) as spill:
         contents = setup.source.read(piece.wanted)
         for name, content in zip(piece.wanted.names, contents, strict=True):
             if isinstance(content, Unusable):
-                rows.append((0, 0, content.reason, content.detail))
+                rows.append(ScannedInput(reason=content.reason, detail=content.detail))
                 continue
+            known = ScannedInput(source_size=len(content), source_xxh3=xxh3_64(content))
             try:
-                decode_full(content, max_pixels=setup.config.max_pixels)
+                stored = _to_store(setup, content)
             except BadImage as bad:
                 if setup.config.on_bad == "stop":
                     raise BadDataError(
                         f"{name} is a bad image ({bad.reason}: {bad.detail}) and --on-bad is stop; "
                         "repair it, or let the build reject it with --on-bad skip"
                     ) from None
-                rows.append((0, 0, bad.reason, bad.detail))
-            else:
-                spill.write(content)
-                rows.append((len(content), xxh3_64(content), "", ""))
+                rows.append(_with(known, reason=bad.reason, detail=bad.detail))
+                continue
+            is_spilled = stored is not content or not setup.source.is_random_access
+            offset = spill.tell() if is_spilled else -1
+            image_hash = known.source_xxh3 if stored is content else xxh3_64(stored)
+            rows.append(_with(known, size=len(stored), image_xxh3=image_hash, offset=offset))
+            if is_spilled:
+                spill.write(stored)
+        is_needed = spill.tell() > 0
         spill.flush()
-        if not setup.source.is_random_access:
-            os.fsync(spill.fileno())
-            publish(spill_temporary, spill_path(setup.directory, piece.piece))
-    sizes, hashes, reasons, details = zip(*rows, strict=True)
-    columns = {
-        "number": piece.wanted.numbers,
-        "size": np.array(sizes, np.int64),
-        "source_xxh3": np.array(hashes, np.uint64),
-        "reason": list(reasons),
-        "detail": list(details),
-    }
-    write_table(scan_path(setup.directory, piece.piece), columns)
-    return len(rows)
+        os.fsync(spill.fileno())
+    if is_needed:
+        publish(spill_temporary, spill_path(setup.directory, piece.piece))
+    else:
+        spill_temporary.unlink()
+    _write_rows(scan_path(setup.directory, piece.piece), piece.wanted.numbers, rows)
+    fault_point("build.piece", piece=piece.piece)
+    return len(rows), sum(row.source_size for row in rows)
 
 
 def scan_path(directory: Path, piece: int) -> Path:
@@ -138,8 +185,32 @@ def spill_path(directory: Path, piece: int) -> Path:
     return directory / f"spill-{piece:06d}"
 
 
-def _piece(piece: int, rows: np.ndarray, inputs: Listing) -> Piece:
-    return Piece(piece=piece, wanted=inputs.wanted(rows))
+def _to_store(setup: ScanSetup, content: bytes) -> bytes:
+    """The bytes a shard will hold: `content` itself, or a small JPEG of it. Raises BadImage."""
+    if len(content) > setup.config.max_bytes:
+        raise BadImage("too-many-bytes", f"{len(content)} bytes are more than {setup.config.max_bytes}")
+    image = decode_full(content, max_pixels=setup.config.max_pixels)
+    if setup.shrink is None or not setup.shrink.is_needed(image):
+        return content
+    return setup.shrink.shrunk(image, image_header(content).orientation)
+
+
+def _write_rows(path: Path, numbers: np.ndarray, rows: list[ScannedInput]) -> None:
+    columns = {
+        "number": numbers,
+        "source_size": np.array([row.source_size for row in rows], np.int64),
+        "source_xxh3": np.array([row.source_xxh3 for row in rows], np.uint64),
+        "size": np.array([row.size for row in rows], np.int64),
+        "image_xxh3": np.array([row.image_xxh3 for row in rows], np.uint64),
+        "offset": np.array([row.offset for row in rows], np.int64),
+        "reason": [row.reason for row in rows],
+        "detail": [row.detail for row in rows],
+    }
+    write_table(path, columns)
+
+
+def _with(known: ScannedInput, **more: int | str) -> ScannedInput:
+    return ScannedInput(**{**vars(known), **more})
 
 
 def _runs(rows: np.ndarray, groups: np.ndarray) -> Iterator[np.ndarray]:
@@ -149,12 +220,28 @@ def _runs(rows: np.ndarray, groups: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.split(together, range(most, len(together), most))
 
 
-def _take_over(scan: Scan, piece: int, rows: np.ndarray, table: dict[str, np.ndarray]) -> None:
-    is_good = table["reason"] == ""
-    scan.status[rows] = np.where(is_good, GOOD, BAD)
-    scan.sizes[rows] = table["size"]
+def _take_over(scan: Scan, piece: int, rows: np.ndarray, directory: Path) -> None:
+    columns = ["source_size", "source_xxh3", "size", "image_xxh3", "offset", "reason"]
+    table = read_table(scan_path(directory, piece), columns=columns)
+    scan.status[rows] = np.where(table["reason"] == "", GOOD, BAD)
+    scan.source_sizes[rows] = table["source_size"]
     scan.hashes[rows] = table["source_xxh3"]
+    scan.sizes[rows] = table["size"]
+    scan.image_hashes[rows] = table["image_xxh3"]
     scan.pieces[rows] = piece
-    scan.offsets[rows] = np.cumsum(table["size"]) - table["size"]
-    for at in np.flatnonzero(~is_good):
-        scan.reasons[int(rows[at])] = (table["reason"][at], table["detail"][at])
+    scan.offsets[rows] = table["offset"]
+
+
+def _judge(scan: Scan, excluded: Excluded, *, is_deduplicated: bool) -> None:
+    """Reject images of other datasets, then those that occur before: of what was read so far."""
+    good = np.flatnonzero(scan.status == GOOD)
+    for part in in_parts(len(good)):
+        rows = good[part]
+        place = excluded.find(scan.hashes[rows])
+        place = np.where(place >= 0, place, excluded.find(scan.image_hashes[rows]))
+        hit = place >= 0
+        scan.status[rows[hit]], scan.causes[rows[hit]] = EXCLUDED, place[hit]
+    if is_deduplicated:
+        good = good[scan.status[good] == GOOD]
+        again, kept = duplicates(scan.hashes[good], scan.source_sizes[good])
+        scan.status[good[again]], scan.causes[good[again]] = DUPLICATE, good[kept]

@@ -66,7 +66,7 @@ HOMES = {
     "torch": [*PACKAGES],
     "torch.utils.tensorboard": ["vitscale.training.metrics"],
     "tqdm": ["vitscale.base.progress"],
-    "webdataset": ["data_pipeline.build"],
+    "webdataset": ["data_pipeline.write"],
     "xxhash": ["vitscale.base.files"],
 }
 # Imports inside a function, each with its reason in the code beside it.

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig
 from data_pipeline.manifest import MANIFEST, Manifest
-from data_pipeline.workshop import claimed
+from data_pipeline.team import Team
 from tests.helpers.sources import digit_pngs
 from vitscale.base.errors import EnvironmentFault, ExitCode, UsageError
 
@@ -120,5 +120,10 @@ def test_a_killed_build_refuses_changed_inputs(tmp_path: Path, monkeypatch: pyte
 
 
 def test_two_builds_never_share_a_directory(tmp_path: Path) -> None:
-    with claimed(tmp_path), pytest.raises(EnvironmentFault, match="another build"), claimed(tmp_path):
+    one, other = Team(), Team()
+    with (
+        one.leading(tmp_path / ".build", None),
+        pytest.raises(EnvironmentFault, match="another build"),
+        other.leading(tmp_path / ".build", None),
+    ):
         pass

@@ -14,6 +14,7 @@ import signal
 from vitscale.base.errors import UsageError, nearest
 
 POINTS = (
+    "build.piece",
     "build.shard",
     "checkpoint.begin",
     "checkpoint.files",

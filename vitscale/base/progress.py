@@ -1,7 +1,9 @@
 """Progress a person can read: a bar with rate and ETA, and durations and sizes in words."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -11,8 +13,39 @@ T = TypeVar("T")
 
 def progress(items: Iterable[T], *, total: int, what: str, unit: str = "it") -> Iterator[T]:
     """Yield the items behind a progress bar on stderr with rate and ETA."""
-    interval_s = 0.2 if sys.stderr.isatty() else 5.0
-    yield from tqdm(items, total=total, desc=what, unit=unit, mininterval=interval_s, dynamic_ncols=True)
+    yield from tqdm(items, total=total, desc=what, unit=unit, mininterval=_interval_s(), dynamic_ncols=True)
+
+
+class ImageBar:
+    """A progress bar over images that come in unequal lots: images/s, MB/s and ETA on stderr."""
+
+    def __init__(self, *, images: int, what: str, is_shown: bool) -> None:
+        self._bar = tqdm(
+            total=images,
+            desc=what,
+            unit=" images",
+            mininterval=_interval_s(),
+            dynamic_ncols=True,
+            disable=not is_shown or not images,
+        )
+        self._bytes = 0
+        self._started_at_s = time.monotonic()
+
+    def __enter__(self) -> "ImageBar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def add(self, images: int, read_bytes: int = 0) -> None:
+        self._bytes += read_bytes
+        elapsed_s = time.monotonic() - self._started_at_s
+        self._bar.set_postfix_str(f"{self._bytes / 1e6 / max(elapsed_s, 1e-9):.1f} MB/s", refresh=False)
+        self._bar.update(images)
+
+
+def _interval_s() -> float:
+    return 0.2 if sys.stderr.isatty() else 5.0
 
 
 def in_words(seconds: float) -> str:

@@ -1,0 +1,71 @@
+"""Where finished files go: a directory, or an object store with a directory that keeps all but the tars.
+
+A dataset on a store is complete there (tars, indices, rejects, manifest last). The local directory holds the same small
+files and location.json, which names the store: both places are the dataset.
+"""
+
+import functools
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.store import Store, open_store
+from vitscale.base.errors import EnvironmentFault
+from vitscale.base.files import fsync_path, publish, sha256_file, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """The place of one dataset."""
+
+    directory: Path
+    url: str | None
+    """Of the dataset on a store; None: the directory holds everything."""
+
+    def take_tar(self, temporary: Path, name: str) -> None:
+        """Give a tar that is written and flushed its final name; on a store, and no longer here, if there is one."""
+        if self.url is None:
+            publish(temporary, self.directory / name)
+        else:
+            _store(self.url).write(name, temporary)
+            temporary.unlink()
+
+    def take(self, temporary: Path, name: str) -> None:
+        """Give a small file that is written and flushed its final name, here and on the store."""
+        if self.url is not None:
+            _store(self.url).write(name, temporary)
+        publish(temporary, self.directory / name)
+
+    def copy(self, file: Path, name: str) -> None:
+        """The same for a file that stays where it is."""
+        temporary = self.directory / f".{name}.tmp-{os.getpid()}"
+        shutil.copyfile(file, temporary)
+        fsync_path(temporary)
+        self.take(temporary, name)
+
+    def write_json(self, name: str, record: Any) -> None:
+        temporary = self.directory / f".{name}.tmp-{os.getpid()}-json"
+        write_json(temporary, record)
+        self.take(temporary, name)
+
+    def holds_tar(self, name: str, size: int, sha256: str) -> bool:
+        """Whether the tar is there as recorded. On a store its size is compared: what was sent was proved before."""
+        if self.url is not None:
+            try:
+                return _store(self.url).size(name) == size
+            except EnvironmentFault:  # not there; or not ours to see, and then writing says so
+                return False
+        path = self.directory / name
+        return path.exists() and path.stat().st_size == size and sha256_file(path) == sha256
+
+    def holds(self, name: str, sha256: str) -> bool:
+        path = self.directory / name
+        return path.exists() and sha256_file(path) == sha256
+
+
+@functools.lru_cache(maxsize=4)
+def _store(url: str) -> Store:
+    """One per process: the threads of a store do not survive a fork, so none is made before the workers are."""
+    return open_store(url)
