@@ -76,13 +76,12 @@ class Team:
     def joining(self, work: Path, about: Any, *, is_over: Callable[[], bool]) -> Iterator[bool]:
         """Another rank: wait until rank 0 lets it in; False when the build is over already."""
         self._work = work
-        first = self._seen()  # an earlier start may have left it; only a beat after this one is alive
-        seen = first
+        seen = first = self._look_for(about)  # an earlier start may have left it; only a beat after this one is alive
 
         def has_begun() -> bool:
             nonlocal seen
-            seen = self._seen()
-            return is_over() or (seen not in (None, first) and seen["is_open"] and seen["about"] == about)
+            seen = self._look_for(about)
+            return is_over() or (seen not in (None, first) and seen["is_open"])
 
         self.wait(has_begun, for_what=lambda: "rank 0 to list the inputs", moved=lambda: seen)
         if is_over():
@@ -175,11 +174,13 @@ class Team:
                 f"another build is at work in {self._work.parent}; wait for it, or choose another --out"
             ) from None
 
-    def _seen(self) -> Any:
+    def _look_for(self, about: Any) -> Any:
+        """What rank 0 shows; None while there is none, or that of another build."""
         try:
-            return read_json(self._work / START)
+            seen = read_json(self._work / START)
         except EnvironmentFault:
             return None
+        return seen if seen["about"] == about else None
 
     def _beat(self, about: Any, is_open: threading.Event, is_ended: threading.Event) -> None:
         """Write a growing number. Not flushed to the device: it is for those who look now."""
@@ -193,4 +194,4 @@ class Team:
             except FileNotFoundError:
                 return  # another rank has completed the build
             beat += 1
-            is_ended.wait(BEAT_S)
+            (is_ended if is_open.is_set() else is_open).wait(BEAT_S)

@@ -1,0 +1,130 @@
+"""Laws of several ranks: the same bytes as one, no rank left behind, and no rank waited for without end."""
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.build import build_datasets
+from data_pipeline.config import BuildConfig
+from data_pipeline.team import Team
+from tests.helpers.builds import files_of
+from vitscale.base.errors import ExitCode, TransientFault, UsageError, VitscaleError
+
+CONFIG = BuildConfig(source="digits:eval", shard_bytes=None, shard_images=30)
+DEFECT = 70
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole")
+    build_datasets(CONFIG, out, workers=1, show_progress=False)
+    return files_of(out)
+
+
+def start(out: Path, *, world: int, fault: str = "", faulty_rank: int = -1, patience_s: float = 30.0) -> list[ForkProcess]:
+    """Fork the ranks of a build; an expected error becomes its exit code, as in the program."""
+
+    def be(rank: int) -> None:
+        if rank == faulty_rank:
+            os.environ["VITSCALE_FAULT"] = fault
+        team = Team(rank=rank, world=world, patience_s=patience_s)
+        try:
+            build_datasets(CONFIG, out, workers=1, team=team, show_progress=False)
+        except VitscaleError as error:
+            print(error, flush=True)
+            os._exit(int(error.exit_code))
+        except BaseException:
+            os._exit(DEFECT)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=be, args=(rank,)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def ends(ranks: list[ForkProcess], *, within_s: float = 60.0) -> list[int | None]:
+    until_s = time.monotonic() + within_s
+    for rank in ranks:
+        rank.join(max(0.0, until_s - time.monotonic()))
+        if rank.is_alive():
+            rank.kill()
+    return [rank.exitcode for rank in ranks]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_give_the_bytes_of_one_process(tmp_path: Path, whole: dict[str, bytes], world: int) -> None:
+    assert ends(start(tmp_path, world=world)) == [0] * world
+    assert files_of(tmp_path) == whole
+
+
+def test_ranks_continue_what_another_world_began(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    killed = start(tmp_path, world=2, fault="kill@build.shard", faulty_rank=0)
+    assert ends(killed[:1]) == [-signal.SIGKILL]
+    killed[1].kill()
+    killed[1].join()
+    shards = sorted(path.name for path in tmp_path.glob("*.tar"))
+    assert 0 < len(shards) < 12
+    first = (tmp_path / shards[0]).stat().st_mtime_ns
+    assert ends(start(tmp_path, world=3)) == [0] * 3
+    assert files_of(tmp_path) == whole
+    assert (tmp_path / shards[0]).stat().st_mtime_ns == first, "a finished shard is kept"
+
+
+def test_a_rank_whose_peer_is_gone_names_the_missing_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # The rank that is stopped holds a claim for ever.
+    ranks = start(tmp_path, world=2, fault="stop@build.shard", faulty_rank=0, patience_s=2.0)
+    ranks[1].join(30)
+    code = ranks[1].exitcode
+    ranks[0].kill()
+    ranks[0].join()
+    assert code == ExitCode.TRANSIENT
+    assert "train-0000" in capfd.readouterr().out
+
+
+def test_a_claim_belongs_to_one_rank_of_one_start(tmp_path: Path) -> None:
+    leader = Team(rank=0, world=2)
+    with leader.leading(tmp_path, None) as let_join:
+        let_join()
+        assert [leader.claim("shard"), leader.claim("shard"), leader.claim("other")] == [True, False, True]
+    again = Team(rank=0, world=2)
+    with again.leading(tmp_path, None) as let_join:
+        let_join()
+        assert again.claim("shard")
+
+
+def test_what_a_dead_start_left_lets_nobody_join(tmp_path: Path) -> None:
+    with Team(rank=0, world=2).leading(tmp_path, "about") as let_join:
+        let_join()
+        time.sleep(0.3)
+    assert (tmp_path / "start.json").exists()
+    late = Team(rank=1, world=2, patience_s=1.0)
+    with pytest.raises(TransientFault, match="rank 0 to list"), late.joining(tmp_path, "about", is_over=lambda: False):
+        pass
+
+
+def test_a_rank_joins_only_a_build_of_its_own_options(tmp_path: Path) -> None:
+    other = Team(rank=1, world=2, patience_s=1.5)
+    with Team(rank=0, world=2).leading(tmp_path, {"seed": 0}) as let_join:
+        let_join()
+        with pytest.raises(TransientFault), other.joining(tmp_path, {"seed": 1}, is_over=lambda: False):
+            pass
+
+
+def test_a_rank_that_comes_when_all_is_over_finds_the_dataset(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    build_datasets(CONFIG, tmp_path, workers=1, show_progress=False)
+    [manifest] = build_datasets(CONFIG, tmp_path, workers=1, team=Team(rank=1, world=2), show_progress=False)
+    assert manifest.images == 359
+    assert files_of(tmp_path) == whole
+
+
+def test_a_usage_error_is_met_by_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        build_datasets(CONFIG, tmp_path, workers=1, team=Team(rank=0, world=2), show_progress=False)
