@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.plan import BAD, GOOD, UNREAD, candidates, permutation, plan_hash, shard_bounds
+from data_pipeline.plan import BAD, GOOD, UNREAD, candidates, duplicates, permutation, plan_hash, shard_bounds, split_of
 
 
 def test_the_permutation_never_changes() -> None:
@@ -55,3 +55,32 @@ def test_the_plan_hash_covers_options_inputs_hashes_and_labels() -> None:
     ]
     assert len({plan_hash(*arguments) for arguments in [base, *changed]}) == 5
     assert plan_hash(*base) == plan_hash(*base)
+
+
+def test_duplicates_name_the_first_of_equal_images() -> None:
+    hashes = np.array([9, 3, 9, 5, 3, 9, 3], np.uint64)
+    sizes = np.array([1, 2, 1, 1, 2, 1, 2], np.int32)
+    again, kept = duplicates(hashes, sizes)
+    assert (again.tolist(), kept.tolist()) == ([2, 4, 5, 6], [0, 1, 0, 1])
+
+
+def test_equal_hashes_of_unequal_sizes_are_no_duplicates() -> None:
+    again, kept = duplicates(np.array([7, 7, 7, 7], np.uint64), np.array([4, 5, 4, 5], np.int32))
+    assert (again.tolist(), kept.tolist()) == ([2, 3], [0, 1])
+    assert duplicates(np.zeros(0, np.uint64), np.zeros(0, np.int32))[0].tolist() == []
+
+
+def test_the_split_never_changes() -> None:
+    # Golden: an image must not move from training to evaluation with another version.
+    hashes = np.arange(20, dtype=np.uint64)
+    assert split_of(hashes, ["0.5", "0.5"]).tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1]
+
+
+def test_shares_are_met_and_a_growing_first_share_takes_from_the_second_alone() -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**64, 100_000, np.uint64)
+    few, more = split_of(hashes, ["0.8", "0.1", "0.1"]), split_of(hashes, ["0.9", "0.1"])
+    assert np.bincount(few) / 1e5 == pytest.approx([0.8, 0.1, 0.1], abs=0.005)  # 4 standard deviations
+    assert (more[few == 0] == 0).all()
+    assert (more[few == 2] == 1).all()
+    # Neighbouring hashes, such as a server that files by the first digits would deal out, are divided as well.
+    assert 0.8 < (split_of(np.arange(10_000, dtype=np.uint64), ["0.85", "0.15"]) == 0).mean() < 0.9
