@@ -34,6 +34,7 @@ from data_pipeline.workshop import (
     holds_build,
     is_complete,
     tidy,
+    withdraw,
 )
 from data_pipeline.write import Output, ShardTask, record_path, write_shard
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
@@ -103,13 +104,19 @@ class _Build:
             tidy(out)
             return
         source = open_source(config.source)
+        is_mine = not out.exists()
         with self._team.leading(self._work, options) as let_join:
             if replan:
                 forget_files(out)
-            listing = write_listing(source, self._work / LIST)
+            try:
+                listing = write_listing(source, self._work / LIST)
+                inputs = self._selected(listing)
+            except UsageError:
+                withdraw(out, is_mine=is_mine)
+                raise
             begin_or_continue(config, out, listing)
             let_join()
-            self._take_part(source, listing)
+            self._take_part(source, inputs, listed=len(listing))
 
     def join(self, *, replan: bool) -> None:
         """Another rank: take part as soon as rank 0 has listed the inputs."""
@@ -120,12 +127,12 @@ class _Build:
 
         with self._team.joining(self._work, options_of(self._config), is_over=is_over) as is_in:
             if is_in:
-                self._take_part(open_source(self._config.source), None)
+                listing = read_listing(self._work / LIST)
+                self._take_part(open_source(self._config.source), self._selected(listing), listed=len(listing))
 
-    def _take_part(self, source: Source, listing: Listing | None) -> None:
+    def _take_part(self, source: Source, inputs: Listing, *, listed: int) -> None:
         """Scan, plan, write and complete, as far as no other rank does."""
         try:
-            inputs, listed = self._selected(listing or read_listing(self._work / LIST))
             if not (self._work / PLAN).exists():
                 self._plan(source, inputs, listed)
             self._write(source, inputs)
@@ -137,8 +144,8 @@ class _Build:
     def _is_complete(self) -> bool:
         return is_complete(self._config, self._out)
 
-    def _selected(self, inputs: Listing) -> tuple[Listing, int]:
-        """The inputs of the wanted classes, and how many there are of all."""
+    def _selected(self, inputs: Listing) -> Listing:
+        """The inputs of the wanted classes."""
         config = self._config
         if inputs.numbers[-1] >= MOST_INPUTS:
             raise UsageError(
@@ -155,10 +162,10 @@ class _Build:
         elif config.classes is not None:
             selected = inputs.narrowed(config.classes)
         else:
-            return inputs, len(inputs)
+            return inputs
         if not len(selected):
             raise UsageError(f"{config.source} has no image of {', '.join(selected.classes[:5])}; name other classes")
-        return selected, len(inputs)
+        return selected
 
     def _plan(self, source: Source, inputs: Listing, listed: int) -> None:
         """Scan, and write the plan or wait for it."""

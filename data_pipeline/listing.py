@@ -276,13 +276,14 @@ def renumbering(classes: tuple[str, ...], wanted: tuple[str, ...]) -> np.ndarray
 
     Raises UsageError for an unknown class, and for one named twice.
     """
-    number_of = np.full(len(classes) + 1, -1, np.int32)  # the last entry serves label -1
+    place_of = {name: place for place, name in enumerate(classes)}
+    number_of = np.full(len(classes) + 1, -1, np.int32)
     for number, name in enumerate(wanted):
-        if name not in classes:
+        if name not in place_of:
             raise UsageError(
                 f"--classes: the source has no class {name!r} among its {len(classes)} classes{nearest(name, classes)}"
             )
-        if wanted.index(name) != number:
+        if number_of[place_of[name]] >= 0:
             raise UsageError(f"--classes: expected each class once, got {name!r} twice")
-        number_of[classes.index(name)] = number
+        number_of[place_of[name]] = number
     return number_of

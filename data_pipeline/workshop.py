@@ -115,6 +115,14 @@ def begin_or_continue(config: BuildConfig, out: Path, inputs: Listing) -> None:
         )
 
 
+def withdraw(out: Path, *, is_mine: bool) -> None:
+    """Leave no trace of a command that cannot be carried out; an unfinished build stays. `is_mine`: it made `out`."""
+    if not (out / WORK / BUILD).exists():
+        clear(out)
+        if is_mine:
+            out.rmdir()
+
+
 def clear(out: Path) -> None:
     """Remove the workshop of a complete build, under the eyes of ranks that may still look at it."""
     gone = out / f"{WORK}-done-{os.getpid()}"
