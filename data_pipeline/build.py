@@ -7,6 +7,7 @@ give the same dataset.
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +128,26 @@ class _Build:
 
         with self._team.joining(self._work, options_of(self._config), is_over=is_over) as is_in:
             if is_in:
-                listing = read_listing(self._work / LIST)
-                self._take_part(open_source(self._config.source), self._selected(listing), listed=len(listing))
+                source = open_source(self._config.source)
+                with self._under_other_hands():
+                    listing = read_listing(self._work / LIST)
+                    self._take_part(source, self._selected(listing), listed=len(listing))
 
     def _take_part(self, source: Source, inputs: Listing, *, listed: int) -> None:
         """Scan, plan, write and complete, as far as no other rank does."""
-        try:
+        with self._under_other_hands():
             if not (self._work / PLAN).exists():
                 self._plan(source, inputs, listed)
             self._write(source, inputs)
             self._complete(inputs.classes)
+
+    @contextmanager
+    def _under_other_hands(self) -> Iterator[None]:
+        """Another rank may complete the build and clear the workshop at any moment: then nothing is missing."""
+        try:
+            yield
         except (EnvironmentFault, FileNotFoundError):
-            if not self._is_complete():  # else: another rank has completed the build and cleared the workshop
+            if not self._is_complete():
                 raise
 
     def _is_complete(self) -> bool:
