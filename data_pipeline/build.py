@@ -17,16 +17,16 @@ from data_pipeline.exclude import Excluded
 from data_pipeline.labels_file import mapped_classes, read_label_map
 from data_pipeline.layout import PLAN, Layout, lay_out, read_layouts, rejects_path
 from data_pipeline.listing import Listing, read_listing, renumbering, write_listing
-from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, Manifest, Shard, write_manifest
-from data_pipeline.options import dataset_directory, options_of
+from data_pipeline.manifest import MANIFEST, REJECTS, TIMM_INFO, Manifest, Shard, write_manifest
+from data_pipeline.options import dataset_directory, options_of, split_names
 from data_pipeline.processes import disk_faults, run_tasks
 from data_pipeline.scan import ScanSetup, scan_inputs
 from data_pipeline.source import Source
 from data_pipeline.sources.open import open_source
 from data_pipeline.team import Team
 from data_pipeline.workshop import (
+    BUILD,
     LIST,
-    TIMM_INFO,
     WORK,
     begin_or_continue,
     clear,
@@ -39,7 +39,7 @@ from data_pipeline.workshop import (
 )
 from data_pipeline.write import Output, ShardTask, record_path, write_shard
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
-from vitscale.base.files import fsync_path, read_json, write_json
+from vitscale.base.files import fsync_path, read_json
 from vitscale.base.progress import ImageBar
 
 MOST_INPUTS = 10**9  # a key has nine digits
@@ -103,6 +103,12 @@ class _Build:
         options = options_of(config)
         if not (replan and holds_build(out)) and finished_datasets(config, out) is not None:
             tidy(out)
+            return
+        destinations = {split: self._destination(split) for split in split_names(config)}
+        if replan:
+            for split, destination in destinations.items():
+                destination.forget(split)
+        elif not (self._work / BUILD).exists() and all([there.take_over(options) for there in destinations.values()]):
             return
         source = open_source(config.source)
         is_mine = not out.exists()
@@ -235,8 +241,7 @@ class _Build:
             destination.copy(rejects_path(self._work, layout.split), REJECTS)
             destination.write_json(TIMM_INFO, {"splits": {layout.split: _timm_split(layout, shards)}})
             infos[layout.split] = _timm_split(layout, shards, folder=f"{layout.split}/")
-            if destination.url is not None:
-                write_json(destination.directory / LOCATION, {"tars_at": destination.url})
+            destination.say_where()
             self._keep_manifest(layout, shards, classes)
         if self._config.split is not None:
             Destination(directory=self._out, url=self._url).write_json(TIMM_INFO, {"splits": infos})

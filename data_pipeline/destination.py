@@ -5,15 +5,19 @@ files and location.json, which names the store: both places are the dataset.
 """
 
 import functools
+import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, TIMM_INFO
+from data_pipeline.options import refuse_other_options
 from data_pipeline.store import Store, open_store
 from vitscale.base.errors import EnvironmentFault
-from vitscale.base.files import fsync_path, publish, sha256_file, write_json
+from vitscale.base.files import fsync_path, publish, sha256_file, write_bytes, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +33,13 @@ class Destination:
         if self.url is None:
             publish(temporary, self.directory / name)
         else:
-            _store(self.url).write(name, temporary)
+            store_of(self.url).write(name, temporary)
             temporary.unlink()
 
     def take(self, temporary: Path, name: str) -> None:
         """Give a small file that is written and flushed its final name, here and on the store."""
         if self.url is not None:
-            _store(self.url).write(name, temporary)
+            store_of(self.url).write(name, temporary)
         publish(temporary, self.directory / name)
 
     def copy(self, file: Path, name: str) -> None:
@@ -50,11 +54,51 @@ class Destination:
         write_json(temporary, record)
         self.take(temporary, name)
 
+    def take_over(self, wanted_options: dict[str, Any]) -> bool:
+        """Bring all but the tars of a dataset that is complete on the store here, the manifest last.
+
+        False: there is none. Raises UsageError when it was built with other options.
+        """
+        if self.url is None or (manifest := self._read(MANIFEST)) is None:
+            return False
+        record = json.loads(manifest)
+        refuse_other_options(wanted_options, record["build"].get("options", {}), f"{self.url} holds a dataset built")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name in (*(f"{shard['name']}.parquet" for shard in record["shards"]), REJECTS, TIMM_INFO):
+            write_bytes(self.directory / name, store_of(self.url).read(name))
+        self.say_where()
+        write_bytes(self.directory / MANIFEST, manifest)
+        return True
+
+    def say_where(self) -> None:
+        """Leave the record that leads readers of the directory to the store, if there is one."""
+        if self.url is not None:
+            write_json(self.directory / LOCATION, {"tars_at": self.url})
+
+    def forget(self, split: str) -> None:
+        """Delete the dataset on the store, its manifest first. Over http(s), which cannot list, the manifest alone."""
+        if self.url is None or self._read(MANIFEST) is None:
+            return
+        store = store_of(self.url)
+        store.delete(MANIFEST)
+        if not self.url.startswith("http"):
+            ours = re.compile(rf"{re.escape(split)}-\d+\.(tar|parquet)|{re.escape(REJECTS)}|{re.escape(TIMM_INFO)}")
+            for name in store.list(""):
+                if ours.fullmatch(name):
+                    store.delete(name)
+
+    def _read(self, name: str) -> bytes | None:
+        assert self.url is not None
+        try:
+            return store_of(self.url).read(name)
+        except EnvironmentFault:  # not there; or not ours to see, and then writing says so
+            return None
+
     def holds_tar(self, name: str, size: int, sha256: str) -> bool:
         """Whether the tar is there as recorded. On a store its size is compared: what was sent was proved before."""
         if self.url is not None:
             try:
-                return _store(self.url).size(name) == size
+                return store_of(self.url).size(name) == size
             except EnvironmentFault:  # not there; or not ours to see, and then writing says so
                 return False
         path = self.directory / name
@@ -66,6 +110,6 @@ class Destination:
 
 
 @functools.lru_cache(maxsize=4)
-def _store(url: str) -> Store:
+def store_of(url: str) -> Store:
     """One per process: the threads of a store do not survive a fork, so none is made before the workers are."""
     return open_store(url)

@@ -27,6 +27,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.parquet"
 LOCATION = "location.json"
+TIMM_INFO = "_info.json"
 
 INDEX_SCHEMA = pa.schema(
     [

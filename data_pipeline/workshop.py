@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.config import BuildConfig
 from data_pipeline.listing import Listing
-from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, Manifest, read_manifest
+from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, TIMM_INFO, Manifest, read_manifest
 from data_pipeline.options import ALL, dataset_directory, options_of, refuse_other_options, split_names
 from data_pipeline.processes import disk_faults
 from data_pipeline.team import START, Team
@@ -27,7 +27,6 @@ from vitscale.base.files import read_json, write_json
 WORK = ".build"
 LIST = "list"
 BUILD = "build.json"
-TIMM_INFO = "_info.json"
 
 
 def finished_datasets(config: BuildConfig, out: Path) -> tuple[Manifest, ...] | None:
