@@ -4,10 +4,35 @@ Each field says in its metadata what a resume does with it (design.md 4): the de
 is learned, so it must be equal), *machine* follows the command.
 """
 
+import os
 import re
+import tempfile
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def bytes_of(name: str, size: int | str) -> int:
+    """A size such as 1000000, "500MB" or "1.5TiB" in bytes. Raises ValueError that names the setting."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", str(size).strip().upper())
+    number = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if number < 1:
+        raise ValueError(f"{name}: expected a size above 0 such as 500GB, 1.5TB or 64MiB, got {size!r}")
+    return number
 
 
 def machine(default: Any) -> Any:
@@ -75,18 +100,29 @@ class DataConfig:
     """Processes per rank that read and decode; 0: in the rank itself. Never changes the order."""
     bad_images_max: float = machine(0.001)
     """Share of the images seen that may be bad before the run stops; the first ten are always allowed. 0: none at all."""
+    cache_dir: str = machine("")
+    """Directory on a disk of the node for shards of datasets that are given by URL, shared by the node's ranks; empty:
+    vitscale-cache-UID in $TMPDIR, else in /tmp."""
+    cache_bytes: int | str = machine("200GB")
+    """Most bytes of that directory, at every instant: a number, or a text such as "500GB"."""
 
     def __post_init__(self) -> None:
         if self.path:
             sources_of(self.path)
         if not 0 <= self.bad_images_max <= 1:
             raise ValueError(f"data.bad_images_max must be within 0 and 1, got {self.bad_images_max}")
+        bytes_of("data.cache_bytes", self.cache_bytes)
         if self.lanes < 1:
             raise ValueError(f"data.lanes must be at least 1, got {self.lanes}")
         if self.window != "full" and self.window < 1:
             raise ValueError(f'data.window must be at least 1 or "full", got {self.window}')
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 or more, got {self.workers}")
+
+    @property
+    def cache_path(self) -> Path:
+        """`cache_dir`, or where it is by default."""
+        return Path(self.cache_dir) if self.cache_dir else Path(tempfile.gettempdir()) / f"vitscale-cache-{os.getuid()}"
 
 
 @dataclass(frozen=True, kw_only=True)

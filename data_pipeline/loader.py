@@ -14,6 +14,7 @@ M labels of the image that has most, at least 1
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from data_pipeline.decode import BadImage
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS, Mixture, rank_slots
 from data_pipeline.order import Order, locate
+from data_pipeline.remote import fetched, tars_of
 from data_pipeline.storage import DamagedBytes, LocalStorage, Stored
 from data_pipeline.stream import BadSample, MicroBatch, Stream
 from vitscale.base.errors import BadDataError, UsageError, VitscaleError
@@ -85,9 +87,22 @@ def train_stream(
             start += global_batch
 
     dataset = _TrainImages(
-        manifests, mixture=mixture, seed=seed, augment=augment, image_size=image_size, micro_batch=micro_batch
+        manifests,
+        cache_dir=data.cache_path,
+        mixture=mixture,
+        seed=seed,
+        augment=augment,
+        image_size=image_size,
+        micro_batch=micro_batch,
     )
-    return Stream(dataset, lists_of_positions(), workers=data.workers)
+    lists = fetched(
+        lists_of_positions(),
+        manifests,
+        data=data,
+        shards_of=lambda positions: mixture.shards_near(np.array(positions)),
+        step_lists=global_batch // share,
+    )
+    return Stream(dataset, lists, workers=data.workers)
 
 
 def eval_stream(
@@ -109,17 +124,28 @@ def eval_stream(
     images = manifest.images
     numbers = range(rank * images // world, (rank + 1) * images // world)
     most_of_a_rank = -(-images // world)
-    lists = [list(numbers[first : first + micro_batch]) for first in range(0, most_of_a_rank, micro_batch)]
-    dataset = _EvalImages(manifest, augment=augment, image_size=image_size, micro_batch=micro_batch)
+    dataset = _EvalImages(manifest, cache_dir=data.cache_path, augment=augment, image_size=image_size, micro_batch=micro_batch)
+    lists = fetched(
+        (list(numbers[first : first + micro_batch]) for first in range(0, most_of_a_rank, micro_batch)),
+        [manifest],
+        data=data,
+        shards_of=dataset.shards_of,
+        step_lists=1,
+    )
     return Stream(dataset, lists, workers=data.workers)
 
 
 class _Images:
     """Lists of numbers to micro-batches; what a number means is up to the child. Pickles without open files."""
 
-    def __init__(self, manifests: Sequence[Manifest], *, augment: AugmentConfig, image_size: int, micro_batch: int) -> None:
+    def __init__(
+        self, manifests: Sequence[Manifest], *, cache_dir: Path, augment: AugmentConfig, image_size: int, micro_batch: int
+    ) -> None:
         self._manifests = tuple(manifests)
-        self._storages = [LocalStorage(manifest, share=len(self._manifests)) for manifest in self._manifests]
+        self._storages = [
+            LocalStorage(manifest, tars=tars_of(manifest, cache_dir), share=len(self._manifests))
+            for manifest in self._manifests
+        ]
         self._most_labels = max(1, *(manifest.most_labels for manifest in self._manifests))
         self._augment = augment
         self._image_size = image_size
@@ -209,13 +235,14 @@ class _TrainImages(_Images):
         self,
         manifests: Sequence[Manifest],
         *,
+        cache_dir: Path,
         mixture: Mixture,
         seed: int,
         augment: AugmentConfig,
         image_size: int,
         micro_batch: int,
     ) -> None:
-        super().__init__(manifests, augment=augment, image_size=image_size, micro_batch=micro_batch)
+        super().__init__(manifests, cache_dir=cache_dir, augment=augment, image_size=image_size, micro_batch=micro_batch)
         self._mixture = mixture
         self._seed = seed
 
@@ -255,9 +282,16 @@ class _TrainImages(_Images):
 class _EvalImages(_Images):
     """Numbers count the images of the manifest from its first shard on."""
 
-    def __init__(self, manifest: Manifest, *, augment: AugmentConfig, image_size: int, micro_batch: int) -> None:
-        super().__init__([manifest], augment=augment, image_size=image_size, micro_batch=micro_batch)
+    def __init__(
+        self, manifest: Manifest, *, cache_dir: Path, augment: AugmentConfig, image_size: int, micro_batch: int
+    ) -> None:
+        super().__init__([manifest], cache_dir=cache_dir, augment=augment, image_size=image_size, micro_batch=micro_batch)
         self._ends = np.cumsum([shard.images for shard in manifest.shards])
+
+    def shards_of(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """(0, shard) of all images `numbers`, as the mixture of a training names them."""
+        shards, _ = locate(self._ends, np.array(numbers, dtype=np.int64))
+        return [(0, shard) for shard in np.unique(shards).tolist()]
 
     def _places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shard, row = locate(self._ends, numbers)

@@ -1,22 +1,28 @@
-"""Bytes of samples from the tars of a local or network file system.
+"""Bytes of samples from the tars of a local or network file system, or from the cache of an object store.
 
 The index of a shard says where each image lies, so a read is one `pread`; the page cache of the system does the rest.
 Every read is compared with the hash in the index before anybody decodes it.
 
 Indexes and open files are kept per process, the least recently used dropped first. Nothing is opened before it is
-needed, and a pickled or forked copy works: `pread` has no shared file position.
+needed, and a pickled or forked copy works: `pread` has no shared file position. A network file system that fails is
+asked again, with the file opened anew, until a deadline.
 """
 
 import os
+import random
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from data_pipeline.manifest import Manifest, ShardIndex, read_index
+from data_pipeline.store import is_url
 from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
 from vitscale.base.files import xxh3_64
 
@@ -26,6 +32,14 @@ INDEX_ROWS_KEPT = 2_000_000
 
 FILES_KEPT = 256
 """Tars held open per process: below the usual limit of 1,024 descriptors."""
+
+READS_PER_LOOK = 512
+"""Reads between two looks for open tars that the cache has evicted: until closed, they keep their place on the disk."""
+
+IO_DEADLINE_S = 120.0
+"""How long a file system may fail before the run ends. A failover of an NFS server takes up to 90 s (its grace period)."""
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +67,27 @@ class DamagedBytes(Exception):
 
 
 class LocalStorage:
-    """Reads the samples of one dataset. A process that reads several shares its open files among `share` of them."""
+    """Reads the samples of one dataset. `tars`: where its tars are, if not where the manifest says.
 
-    def __init__(self, manifest: Manifest, *, share: int = 1) -> None:
+    A process that reads several datasets shares its open files among `share` of them.
+    """
+
+    def __init__(
+        self, manifest: Manifest, *, tars: Path | None = None, share: int = 1, io_deadline_s: float = IO_DEADLINE_S
+    ) -> None:
         self._manifest = manifest
+        self._tars = tars or Path(manifest.tars_at)
         self._share = share
+        self._io_deadline_s = io_deadline_s
+        self._is_cached = is_url(manifest.tars_at)
+        self._reads_until_look = READS_PER_LOOK
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._index_rows = 0
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         """Pickle without caches: open files stay with their process."""
-        return partial(LocalStorage, self._manifest, share=self._share), ()
+        return partial(LocalStorage, self._manifest, tars=self._tars, share=self._share, io_deadline_s=self._io_deadline_s), ()
 
     def close(self) -> None:
         """Close the open tars. A later read opens them again."""
@@ -112,7 +135,7 @@ class LocalStorage:
         if file is not None:
             self._files.move_to_end(shard)
             return file
-        path = self._manifest.directory / f"{self._manifest.shards[shard].name}.tar"
+        path = self._tar(shard)
         try:
             file = FileIO(path)
         except (FileNotFoundError, PermissionError) as error:
@@ -122,38 +145,78 @@ class LocalStorage:
             self._files.popitem(last=False)[1].close()
         return file
 
+    def _tar(self, shard: int) -> Path:
+        return self._tars / f"{self._manifest.shards[shard].name}.tar"
+
     def _pread(self, shard: int, *, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer only where the file ends: a network file system may answer in pieces."""
-        try:
-            descriptor = self._file(shard).fileno()
-            content = os.pread(descriptor, size, offset)
-            while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
-                content += more
-            return content
-        except OSError as error:
-            tar = f"{self._manifest.directory / self._manifest.shards[shard].name}.tar"
-            raise TransientFault(f"reading {tar} failed ({error}); check the file system, then start again") from None
+        """`size` bytes at `offset`, fewer only where the file ends. Faults that may pass are met with further tries."""
+        self._close_evicted()
+        give_up_at_s, longest_wait_s = time.monotonic() + self._io_deadline_s, _FIRST_WAIT_S
+        while True:
+            try:
+                return self._pread_once(shard, offset=offset, size=size)
+            except OSError as error:
+                file = self._files.pop(shard, None)  # its handle may be what is stale
+                if file is not None:
+                    with suppress(OSError):
+                        file.close()
+                if time.monotonic() > give_up_at_s:
+                    raise TransientFault(
+                        f"reading {self._tar(shard)} failed for {self._io_deadline_s:.0f} s ({error}); "
+                        "check the file system, then start again"
+                    ) from None
+            time.sleep(random.uniform(0, longest_wait_s))  # spread out: many workers fail together
+            longest_wait_s = min(2 * longest_wait_s, _LONGEST_WAIT_S)
+
+    def _pread_once(self, shard: int, *, offset: int, size: int) -> bytes:
+        descriptor = self._file(shard).fileno()
+        content = os.pread(descriptor, size, offset)
+        # A network file system may answer in pieces.
+        while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+            content += more
+        return content
+
+    def _close_evicted(self) -> None:
+        self._reads_until_look -= 1
+        if self._is_cached and self._reads_until_look < 0:
+            self._reads_until_look = READS_PER_LOOK
+            for shard in [shard for shard, file in self._files.items() if not os.fstat(file.fileno()).st_nlink]:
+                self._files.pop(shard).close()
 
 
-def check_files(manifest: Manifest) -> None:
+def check_files(manifest: Manifest, *, local_rank: int = 0, local_world: int = 1) -> None:
     """See that every tar has the size of the manifest and every index is there: names and sizes only, no content.
 
-    Raises EnvironmentFault that names the first file that fails and counts the others.
+    The ranks of a node share the work: each lists the directory, but asks only for its own share of the sizes. What is on
+    a store is not asked for: what is missing there ends the run when it is first needed.
+    Raises HostFault that names the first file that fails and counts the others.
     """
-    with os.scandir(manifest.directory) as entries:
-        found = {entry.name: entry for entry in entries}
+    is_remote = is_url(manifest.tars_at)
+    tars = _names_in(manifest.directory if is_remote else Path(manifest.tars_at))
+    indexes = tars if str(manifest.directory) == manifest.tars_at else _names_in(manifest.directory)
+    has_local_index = not is_remote or manifest.directory.name != manifest.fingerprint
     bad = []
-    for shard in manifest.shards:
-        tar = found.get(f"{shard.name}.tar")
-        if tar is None:
+    for shard in manifest.shards[local_rank::local_world]:
+        tar = tars.get(f"{shard.name}.tar")
+        if is_remote:
+            pass
+        elif tar is None:
             bad.append(f"{shard.name}.tar is missing")
         elif (size := tar.stat().st_size) != shard.tar_bytes:
             bad.append(f"{shard.name}.tar has {size} bytes instead of {shard.tar_bytes}")
-        if f"{shard.name}.parquet" not in found:
+        if has_local_index and f"{shard.name}.parquet" not in indexes:
             bad.append(f"{shard.name}.parquet is missing")
     if bad:
         more = f", and {len(bad) - 1} more files like it" if len(bad) > 1 else ""
-        raise EnvironmentFault(
+        raise HostFault(
             f"expected all files of the dataset at {manifest.directory}, but {bad[0]}{more}; "
             f"restore them from a copy or build the dataset again"
         )
+
+
+def _names_in(directory: Path) -> dict[str, os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.name: entry for entry in entries}
+    except OSError as error:
+        raise HostFault(f"expected a directory with shards at {directory}, got: {error.strerror}") from None

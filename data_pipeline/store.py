@@ -76,6 +76,9 @@ class Patience:
     """Longest time for one object, on top of what it takes at slow_bytes_per_s."""
 
 
+PATIENCE = Patience()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
     """The object as the store first described it."""
@@ -93,7 +96,7 @@ def is_url(text: str) -> bool:
     return text.partition("://")[0] in SCHEMES and "://" in text
 
 
-def open_store(url: str, *, patience: Patience = Patience()) -> "Store":
+def open_store(url: str, *, patience: Patience = PATIENCE) -> "Store":
     """A store, without a request. Raises UsageError for a URL that names none."""
     parts = urlsplit(url)
     if not is_url(url) or not parts.hostname:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -81,10 +81,12 @@ class Stream:
 
     def __init__(self, dataset: MicroBatches, lists: Iterable[list[int]], *, workers: int) -> None:
         self._dataset = dataset
+        self._lists = lists
         self._workers = workers
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         loader = DataLoader(
             cast(Any, dataset),
-            batch_sampler=lists,
+            batch_sampler=_heard_again(lists, heard),
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=PREFETCH_PER_WORKER if workers else None,
@@ -94,7 +96,7 @@ class Stream:
             generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
         )
         # Workers are born deaf to the signals by which a scheduler speaks to the rank: the rank decides what ends when.
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._iterator = cast(Any, iter(loader))
         finally:
@@ -122,6 +124,8 @@ class Stream:
             self._iterator._shutdown_workers()
         self._closed = True
         self._dataset.close()
+        if isinstance(self._lists, Generator):
+            self._lists.close()  # it may hold threads and files of its own
 
 
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -132,6 +136,12 @@ def _close_open_streams() -> None:
     """Workers do not hear the SIGTERM by which Python ends daemons at exit, and Python would then wait for them for ever."""
     for stream in list(_open_streams):
         stream.close()
+
+
+def _heard_again(lists: Iterable[list[int]], heard: Iterable[int]) -> Iterator[list[int]]:
+    """The DataLoader asks for the first lists once its workers live, and they may be long in coming."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    yield from lists
 
 
 def _as_it_is(batch: Any) -> Any:

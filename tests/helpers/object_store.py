@@ -209,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.sent[path] += sent
             if bytes_per_s:
-                time.sleep(piece / bytes_per_s)
+                time.sleep(sent / bytes_per_s)
 
     def _list(self, path: str, query: dict[str, list[str]]) -> None:
         """Pages of 1,000 names; the token is the number of names already given."""

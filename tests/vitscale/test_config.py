@@ -202,7 +202,7 @@ def test_what_has_a_default_may_be_absent_from_a_record():
         (RunConfig, {}, {"keep_last": 0}, "the newest valid checkpoint is never deleted"),
         (DataConfig, {}, {"lanes": 0}, "data.lanes must be at least 1, got 0"),
         (DataConfig, {}, {"window": 0}, 'data.window must be at least 1 or "full", got 0'),
-        (DataConfig, {}, {"workers": -1}, "data.workers must be 0 or more, got -1"),
+        (DataConfig, {}, {"workers": -1}, "data.workers data.cache_dir data.cache_bytes must be 0 or more, got -1"),
         (AugmentConfig, {}, {"crop_area_min": 0.0}, "0 < min <= max <= 1, got 0.0 and 1.0"),
         (AugmentConfig, {}, {"crop_area_min": 0.6, "crop_area_max": 0.5}, "0 < min <= max <= 1, got 0.6 and 0.5"),
         (AugmentConfig, {}, {"crop_area_max": 1.1}, "0 < min <= max <= 1, got 0.05 and 1.1"),
@@ -248,7 +248,7 @@ KINDS = {
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
     """,
-    "machine": "data.path data.eval_path data.workers data.bad_images_max train.init_weights",
+    "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
     "watching": "run.log_every run.eval_every run.save_every run.keep_last run.keep_every",
 }
 
