@@ -32,8 +32,9 @@ from vitscale.base.files import sha256_file
 
 THREADS = 4
 HORIZON_LISTS = 2048
+READ_AT_FIRST = 64
 READ_AHEAD_PER_LIST = 4
-"""Lists read ahead for each that passes, until the horizon is reached."""
+"""Lists read ahead for each that passes, until the horizon is reached; more while one waits."""
 LONG_WAIT_S = 5.0
 CLOSE_S = 1.0
 
@@ -131,6 +132,7 @@ class Fetcher:
         """
         coming = iter(lists)
         try:
+            self._read_ahead(coming, shards_of, READ_AT_FIRST)
             self._start()
             while True:
                 self._read_ahead(coming, shards_of, READ_AHEAD_PER_LIST)
@@ -212,7 +214,7 @@ class Fetcher:
                     break
                 self._state.notify_all()
             is_waiting = True
-            if not self._read_ahead(coming, shards_of, 16):
+            if not self._read_ahead(coming, shards_of, READ_AHEAD_PER_LIST):
                 with self._state:
                     self._state.wait(0.05)
         if is_waiting:
