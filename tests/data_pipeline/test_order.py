@@ -149,6 +149,22 @@ def test_windows_shuffle_within_their_rows_only_and_lanes_turn_at_different_rows
     assert len(set(first_turns)) == 4
 
 
+@pytest.mark.parametrize(("lanes", "window"), [(2, 8), (4, 16), (1, 5), (2, "full")])
+def test_the_shards_near_a_position_are_those_of_its_window(lanes, window):
+    order = Order([9, 4, 1, 17, 6, 12, 3, 8, 10, 5, 11, 2, 7, 13, 6, 4], seed=3, lanes=lanes, window=window)
+    samples = order.samples_at(np.arange(order.images * 2))
+    offsets = np.stack([order._line(epoch).offset_of_lane for epoch in (0, 1)])
+    windows = (samples.row + offsets[samples.epoch, samples.lane]) // order.window
+    near: dict[tuple[int, int, int], set[int]] = {}
+    groups = list(zip(samples.epoch.tolist(), samples.lane.tolist(), windows.tolist(), strict=True))
+    for group, shard in zip(groups, samples.shard.tolist(), strict=True):
+        near.setdefault(group, set()).add(shard)
+    for position in range(0, len(groups), 3):
+        assert order.shards_near(np.array([position])).tolist() == sorted(near[groups[position]])
+    many = [1, 40, order.images - 1, order.images, order.images + 3]
+    assert order.shards_near(np.array(many)).tolist() == sorted(set().union(*(near[groups[p]] for p in many)))
+
+
 def test_a_dataset_smaller_than_a_window_is_shuffled_as_a_whole():
     order = Order([300], seed=0, lanes=128, window=4096)
     index = order.samples_at(np.arange(300)).index

@@ -160,7 +160,7 @@ def test_writing_survives_faults_and_shows_no_part(server, monkeypatch):
     store.write("large", CONTENT * 50)
     assert server.objects["bucket/set/large"] == CONTENT * 50 and not server.uploads
     server.script[("PUT", "bucket/set/refused")] = ["", "403"]
-    with pytest.raises(EnvironmentFault, match="expected to write s3://bucket/set/refused, but .* with 403"):
+    with pytest.raises(EnvironmentFault, match=r"expected to write s3://bucket/set/refused, but .* with 403"):
         store.write("refused", CONTENT * 50)
     assert "bucket/set/refused" not in server.objects
 
