@@ -266,7 +266,8 @@ class Fetcher:
         remote, shard = self._places[key]
         if not remote.has_remote_index:
             return shard.tar_bytes
-        return shard.tar_bytes + self._index_bytes.get(key, 64 * shard.images + 8192)  # a guess until the store has said
+        # Until the store has said: a guess from above, 128 bytes a row.
+        return shard.tar_bytes + self._index_bytes.get(key, 128 * shard.images + 32_768)
 
     # ---- the threads --------------------------------------------------------------------------------------------
 

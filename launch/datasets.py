@@ -1,7 +1,7 @@
 """Find and check the datasets that a command names, before any process group exists.
 
-A name is a directory with a manifest, or `digits:train` / `digits:eval`: scanned digits that come with scikit-learn and
-are built in passing under RUN/data.
+A name is a directory with a manifest, the URL of one on an object store, or `digits:train` / `digits:eval`: scanned
+digits that come with scikit-learn and are built in passing under RUN/data.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ from pathlib import Path
 
 from data_pipeline.build import build_dataset
 from data_pipeline.config import BuildConfig, sources_of
-from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
+from data_pipeline.manifest import MANIFEST, Manifest
 from data_pipeline.mixture import quotas
+from data_pipeline.remote import open_dataset as open_location
 from data_pipeline.storage import check_files
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import HostFault, UsageError
@@ -33,11 +34,13 @@ def open_datasets(config: Config, *, run: Path, cluster: Cluster) -> tuple[Confi
         raise UsageError(
             f"recipe {config.recipe!r} needs a training dataset; add --data DIR (launch/build_shards.py makes one)"
         )
-    sources = sources_of(config.data.path)
+    sources, cache = sources_of(config.data.path), config.data.cache_path
     weights = quotas([source.weight for source in sources]) if len(sources) > 1 else ()
-    train_data = tuple(open_dataset(source.path, run=run, cluster=cluster) for source in sources)
+    train_data = tuple(open_dataset(source.path, run=run, cluster=cluster, cache_dir=cache) for source in sources)
     _refuse_twins(train_data)
-    eval_data = open_dataset(config.data.eval_path, run=run, cluster=cluster) if config.data.eval_path else None
+    eval_data = None
+    if config.data.eval_path:
+        eval_data = open_dataset(config.data.eval_path, run=run, cluster=cluster, cache_dir=cache)
     for manifest in (*train_data, *([eval_data] if eval_data is not None else [])):
         require_fit(manifest, classes=config.model.classes)
         if manifest.classes != train_data[0].classes:
@@ -70,15 +73,15 @@ def require_fit(manifest: Manifest, *, classes: int) -> None:
         )
 
 
-def open_dataset(path: str, *, run: Path, cluster: Cluster) -> Manifest:
-    """One dataset by its name, its files checked by name and size."""
+def open_dataset(path: str, *, run: Path, cluster: Cluster, cache_dir: Path) -> Manifest:
+    """One dataset by its name, its local files checked by name and size."""
+    location = path
     if path.startswith(EMBEDDED):
         directory = run / "data" / path.removeprefix(EMBEDDED)
         _provide_embedded(path, directory, cluster)
-    else:
-        directory = Path(path)
-    manifest = read_manifest(directory)
-    check_files(manifest)
+        location = str(directory)
+    manifest = open_location(location, cache_dir=cache_dir)
+    check_files(manifest, local_rank=cluster.local_rank, local_world=cluster.local_world)
     return manifest
 
 

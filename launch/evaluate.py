@@ -9,7 +9,7 @@ from accelerate import Accelerator, init_empty_weights
 
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.loader import eval_stream
-from data_pipeline.manifest import read_manifest
+from data_pipeline.remote import open_dataset
 from data_pipeline.storage import check_files
 from launch.arguments import Parser
 from launch.datasets import require_fit
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="source", required=True, metavar="RUN|WEIGHTS", help="RUN, RUN@STEP or a .safetensors file"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset, made by launch/build_shards.py")
+    parser.add_argument("--data", required=True, metavar="DIR|URL", help="dataset, made by launch/build_shards.py")
     parser.add_argument("--task", choices=["classify"], default="classify")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images one rank feeds forward at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there as well")
@@ -36,8 +36,9 @@ def main() -> None:
     if args.batch < 1:
         raise UsageError(f"--batch must be at least 1, got {args.batch}")
     cluster = resolve_cluster(os.environ)
-    manifest = read_manifest(args.data)
-    check_files(manifest)
+    data = DataConfig(workers=0)
+    manifest = open_dataset(args.data, cache_dir=data.cache_path)
+    check_files(manifest, local_rank=cluster.local_rank, local_world=cluster.local_world)
     weights = load_weights_of(args.source)
     if len(manifest.classes) != weights.model.classes:
         raise UsageError(
@@ -63,7 +64,7 @@ def main() -> None:
         lambda images_BHWC: objective.logits(model, images_BHWC),
         eval_stream(
             manifest,
-            data=DataConfig(workers=0),
+            data=data,
             augment=AugmentConfig(eval_crop=weights.eval_crop),
             image_size=weights.model.image_size,
             micro_batch=args.batch,

@@ -1,10 +1,9 @@
 """Fine-tune what was pretrained: new head, other resolution, small labelled set. `deepspeed launch/finetune.py --from RUN`."""
 
 import dataclasses
-from pathlib import Path
 
-from data_pipeline.config import sources_of
-from data_pipeline.manifest import read_manifest
+from data_pipeline.config import DataConfig, sources_of
+from data_pipeline.remote import open_dataset
 from launch.command import run_training, training_parser
 from launch.trained import load_weights_of
 from vitscale.base.errors import UsageError, run_main
@@ -26,7 +25,7 @@ def main() -> None:
             first, *_ = sources_of(args.data)  # all have the same classes, or open_datasets refuses them
         except ValueError as error:
             raise UsageError(f"--data: {error}") from None
-        classes = len(read_manifest(Path(first.path)).classes)
+        classes = len(open_dataset(first.path, cache_dir=DataConfig().cache_path).classes)
         return dataclasses.replace(
             config,
             model=dataclasses.replace(load_weights_of(args.source).model, classes=classes),

@@ -104,7 +104,7 @@ def hashes(stream: Stream, micro_batches: int) -> list[int]:
 
 def train_hashes(manifest: Manifest, cache: Path, *, workers: int = 0, limit: int = AMPLE) -> list[int]:
     stream = train_stream(
-        manifest,
+        [manifest],
         data=DataConfig(lanes=2, window=8, workers=workers, cache_dir=str(cache), cache_bytes=limit),
         augment=AugmentConfig(),
         image_size=8,
@@ -183,7 +183,8 @@ def test_a_limit_below_what_one_step_needs_is_refused_with_the_number(local, rem
     with pytest.raises(CacheTooSmall, match=r"data\.cache_bytes .* set it to at least \d+") as caught:
         list(gate.follow([[shard] for shard in range(6)], shards_themselves))
     named = int(str(caught.value).partition("at least ")[2].partition(",")[0])
-    assert 0.9 * need < named < 2 * need and caught.value.exit_code == 2
+    # The sizes of indexes are guessed from above until the store has said them: 32 KiB and 128 bytes a row.
+    assert need < named < need + 6 * 36_000 + 10_000 and caught.value.exit_code == 2
     again = fetcher_of(remote, tmp_path / "cache", limit=named, step_lists=6)
     assert len(list(again.follow([[shard] for shard in range(6)], shards_themselves))) == 6
 
