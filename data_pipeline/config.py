@@ -136,6 +136,20 @@ class AugmentConfig:
     """Widest aspect ratio of the crop; the narrowest is its inverse. 1.0: square."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    policy: Literal["none", "randaugment", "trivialaugment", "3augment"] = "none"
+    """Operations on colours and geometry after crop and flip (policies.py names the papers)."""
+    randaugment_ops: int = 2
+    """RandAugment: operations per image."""
+    randaugment_magnitude: int = 9
+    """RandAugment: their strength, 0 to 30."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation change by up to this share. 3-Augment: 0.3."""
+    hue_jitter: float = 0.0
+    """The colour circle turns by up to this share of its whole, at most 0.5."""
+    erase: float = 0.0
+    """Probability that a random rectangle is erased (2 to 33 % of the area)."""
+    erase_with: Literal["noise", "zero"] = "noise"
+    """What replaces it: a random value for each pixel and channel, or 0."""
     eval_crop: float = 0.875
     """Evaluation: the short side is resized to image_size / eval_crop, then the centre is cut out."""
 
@@ -149,6 +163,20 @@ class AugmentConfig:
             raise ValueError(f"augment.crop_ratio_max must be at least 1, got {self.crop_ratio_max}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augment.flip must be within 0 and 1, got {self.flip}")
+        if self.policy not in ("none", "randaugment", "trivialaugment", "3augment"):
+            raise ValueError(f"augment.policy must be none, randaugment, trivialaugment or 3augment, got {self.policy!r}")
+        if self.erase_with not in ("noise", "zero"):
+            raise ValueError(f"augment.erase_with must be noise or zero, got {self.erase_with!r}")
+        if self.randaugment_ops < 1:
+            raise ValueError(f"augment.randaugment_ops must be at least 1, got {self.randaugment_ops}")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise ValueError(f"augment.randaugment_magnitude must be within 0 and 30, got {self.randaugment_magnitude}")
+        if self.colour_jitter < 0:
+            raise ValueError(f"augment.colour_jitter must be 0 or more, got {self.colour_jitter}")
+        if not 0 <= self.hue_jitter <= 0.5:
+            raise ValueError(f"augment.hue_jitter must be within 0 and 0.5, got {self.hue_jitter}")
+        if not 0 <= self.erase <= 1:
+            raise ValueError(f"augment.erase must be within 0 and 1, got {self.erase}")
         if not 0 < self.eval_crop <= 1:
             raise ValueError(f"augment.eval_crop must be above 0 and at most 1, got {self.eval_crop}")
 

@@ -28,6 +28,7 @@ Memory per process: two arrays of one integer per shard for each epoch in use, a
 windows (4 MB at the defaults; "full": 4 bytes per image and epoch in use).
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -60,9 +61,25 @@ class Purpose(IntEnum):
 def draws(seed: int, purpose: Purpose, where: tuple[int, ...] = (), *, count: int, source: int = 0) -> np.ndarray:
     """`count` raw uint64 draws that belong to (seed, purpose, source, where) alone; `where` holds up to three integers."""
     # Word 0 of the counter runs as numbers are drawn; the other three words are free to hold coordinates.
-    counter = np.array([0, *where, *[0] * (3 - len(where))], dtype=np.uint64)
-    key = np.array([seed, purpose | source << 32], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    counter, key = _generators.counter, _generators.key
+    counter[:] = 0
+    for word, coordinate in enumerate(where, start=1):
+        counter[word] = coordinate
+    key[0], key[1] = seed, purpose | source << 32  # one by one: numpy would make floats of a pair with a large one
+    _generators.philox.state = _generators.state
+    return _generators.philox.random_raw(count)
+
+
+class _Generators(threading.local):
+    """A generator for each thread, set anew for every use: making one takes five times as long."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+        self.counter, self.key = np.zeros(4, np.uint64), np.zeros(2, np.uint64)
+        self.state: Any = {**self.philox.state, "state": {"counter": self.counter, "key": self.key}}
+
+
+_generators = _Generators()
 
 
 def permutation(raw: np.ndarray) -> np.ndarray:

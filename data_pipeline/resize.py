@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.decode import encode_jpeg, oriented, resize
+from data_pipeline.decode import oriented, resize
+from data_pipeline.jpeg import encode_jpeg
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,19 @@
 
 import io
 import struct
+import subprocess
+import sys
+import time
 import zlib
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data_pipeline.decode import BadImage, decode, decode_full, encode_png, image_header, resize
+from data_pipeline.decode import BadImage, Picture, decode, decode_full, encode_png, image_header, oriented, resize
+from data_pipeline.headers import jpeg_frame
+from data_pipeline.jpeg import decode_for_crop
 from tests.helpers.shards import smooth_image
 
 HEIGHT, WIDTH = 20, 28
@@ -157,3 +162,234 @@ def test_shrinking_averages_and_growing_interpolates():
 
 def test_opencv_runs_in_the_calling_thread():
     assert cv2.getNumThreads() == 1
+
+
+# ---- only what a crop needs -----------------------------------------------------------------------------------------
+
+TALL = smooth_image(np.random.default_rng(2), 90, 61) // 2 + np.random.default_rng(3).integers(
+    0, 99, (90, 61, 3), dtype=np.uint8
+)
+CODINGS = {
+    "444": {"subsampling": 0},
+    "422": {"subsampling": 1},
+    "420": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "gray": {},
+}
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_rows_above_any_bottom_equal_those_of_the_whole_picture(name):
+    picture = TALL[:, :, 0] if name == "gray" else TALL
+    content = encoded(picture, "JPEG", quality=93, **CODINGS[name])
+    whole = decode(content)
+    frame = jpeg_frame(content)
+    for bottom in range(1, len(TALL) + 1):
+        assert np.array_equal(decode_for_crop(content, frame, bottom=bottom)[:bottom], whole[:bottom])
+    half = decode_for_crop(content, frame, bottom=90, shrink=2).copy()
+    assert half.shape == (45, 31, 3)
+    for bottom in range(2, 90, 2):
+        rows = decode_for_crop(content, frame, bottom=bottom, shrink=2)[: bottom // 2]
+        assert np.array_equal(rows, half[: bottom // 2])
+    assert content == encoded(picture, "JPEG", quality=93, **CODINGS[name])  # the bytes of the caller are left alone
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_rectangle_of_a_picture_is_that_of_the_whole(name):
+    picture = Picture(FILES[name])
+    assert (picture.height, picture.width) == (HEIGHT, WIDTH)
+    assert np.array_equal(picture.crop(3, 5, 10, 20), decode(FILES[name])[3:13, 5:25])
+
+
+def test_less_is_decoded_for_a_crop_at_the_top():
+    content = encoded(np.random.default_rng(0).integers(0, 256, (1600, 800, 3), dtype=np.uint8), "JPEG")
+    frame = jpeg_frame(content)
+
+    def time_of(bottom: int) -> float:
+        times = []
+        for _ in range(5):
+            begun_s = time.thread_time()
+            decode_for_crop(content, frame, bottom=bottom)
+            times.append(time.thread_time() - begun_s)
+        return min(times)
+
+    assert time_of(200) < 0.5 * time_of(1600)  # an eighth of the work, and a look over the rest for the end mark
+
+
+# ---- what cameras and bombs leave in files --------------------------------------------------------------------------
+
+
+def segments(content: bytes) -> list[int]:
+    """Where the segments of a JPEG begin, up to the picture data."""
+    at, found = 2, []
+    while True:
+        found.append(at)
+        if content[at + 1] == 0xDA:
+            return found
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg 420", "jpeg progressive", "jpeg gray"])
+def test_stray_bytes_that_cost_no_pixel_are_accepted(name):
+    content = FILES[name]
+    expected = decode_full(content, max_pixels=MANY)
+    for at in segments(content)[1:]:
+        stray = content[:at] + b"stray\0" + content[at:]
+        assert np.array_equal(decode_full(stray, max_pixels=MANY), expected)
+        assert np.array_equal(decode(stray), decode(content)) and image_header(stray) == image_header(content)
+    for tail in (b"\0" * 9, b"trailing bytes", content, b"\xff\xd8\xff"):
+        assert np.array_equal(decode_full(content + tail, max_pixels=MANY), expected)
+        assert np.array_equal(decode(content + tail), decode(content))
+    if "progressive" not in name:
+        filled = content[:-2] + b"\0" * 40 + content[-2:]
+        assert np.array_equal(decode_full(filled, max_pixels=MANY), expected)
+
+
+def test_a_preview_in_the_metadata_does_not_stand_in_for_a_missing_end():
+    preview = encoded(PICTURE[:8, :8], "JPEG")
+    content = encoded(PICTURE, "JPEG", exif=b"Exif\0\0II*\0" + preview)
+    assert decode_full(content, max_pixels=MANY).shape == (HEIGHT, WIDTH, 3)
+    assert_bad(content[:-2], "truncated")
+    assert_bad(content[: len(content) // 2 + len(preview) // 2], "truncated")
+
+
+def is_refused(content: bytes) -> bool:
+    try:
+        decode_full(content, max_pixels=MANY)
+    except BadImage as error:
+        assert error.reason == "decode-error"
+        return True
+    return False
+
+
+def test_lost_picture_data_are_refused_whatever_else_is_tidied():
+    content = encoded(TALL, "JPEG", quality=93, subsampling=2)
+    scan, size = segments(content)[-1] + 14, len(content)
+    for cut in range(scan, size - 20, 97):
+        assert is_refused(content[:cut] + content[-2:])  # the end is lost
+        assert is_refused(content[:20] + b"stray" + content[20:cut] + content[-2:])
+        assert is_refused(content[:-2] + content[cut : cut + 20] + content[-2:])  # more data than pixels
+    # Of a piece lost in the middle Huffman codes may find their way back without a trace, but seldom.
+    lost = (size - scan) // 10
+    refused = [is_refused(content[:cut] + content[cut + lost :]) for cut in range(scan, size - 2 - lost, 17)]
+    assert np.mean(refused) > 0.8
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO"])
+def test_other_formats_are_refused_by_name(form):
+    try:
+        content = encoded(PICTURE, form)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {form}")
+    with pytest.raises(BadImage, match=f"unknown-format: expected jpg, png or webp, this is {form[:3].replace('ICO', 'icon')}"):
+        decode_full(content, max_pixels=MANY)
+
+
+def test_the_first_frame_of_an_animation_is_the_image():
+    frames = [Image.fromarray(picture) for picture in (PICTURE, 255 - PICTURE)]
+    content = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert (image_header(content).width, image_header(content).height) == (WIDTH, HEIGHT)
+    assert np.array_equal(decode_full(content, max_pixels=MANY), PICTURE) and np.array_equal(decode(content), PICTURE)
+
+
+def test_ycck_and_cmyk_and_16_bits_are_rgb():
+    ycck = bytearray(FILES["jpeg cmyk"])
+    adobe = ycck.index(b"Adobe")
+    assert ycck[adobe + 11] in (0, 2)
+    ycck[adobe + 11] = 2 - ycck[adobe + 11]  # the other reading of the same four components
+    for content in (FILES["jpeg cmyk"], bytes(ycck)):
+        with Image.open(io.BytesIO(content)) as image:
+            expected = np.array(image.convert("RGB"))
+        assert np.array_equal(decode_full(content, max_pixels=MANY), expected) and np.array_equal(decode(content), expected)
+    deep = np.random.default_rng(0).integers(0, 65536, (9, 7, 3), dtype=np.uint16)
+    content = cv2.imencode(".png", deep[:, :, ::-1])[1].tobytes()
+    assert np.array_equal(decode(content), deep >> 8) and np.array_equal(decode_full(content, max_pixels=MANY), deep >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_read_and_applied_as_pillow_does(form, orientation):
+    tag = Image.Exif()
+    tag[0x010F] = "a camera"
+    tag[0x0112] = orientation
+    content = encoded(PICTURE, form, exif=tag, **({"lossless": True} if form == "WEBP" else {}))
+    assert image_header(content).orientation == orientation
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = oriented(decode_full(content, max_pixels=MANY), orientation)
+    assert pixels.shape == expected.shape and np.abs(pixels.astype(int) - expected).max() <= 2
+
+
+def test_damaged_metadata_say_nothing():
+    for exif in (
+        b"",
+        b"II*\0",
+        b"II*\0\xff\xff\xff\xff",
+        b"MM\0*\0\0\0\x08\xff\xff",
+        b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
+    ):
+        assert image_header(encoded(PICTURE, "JPEG", exif=b"Exif\0\0" + exif)).orientation == 1
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def bombs() -> dict[str, bytes]:
+    png, jpeg = FILES["png"], FILES["jpeg progressive"]
+    zeros = zlib.compress(bytes(256 << 20), 9)
+    large = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    scan = segments(jpeg)[-1]
+    huge_webp = bytearray(encoded(PICTURE, "WEBP", exif=b"II*\0"))
+    huge_webp[24:30] = b"\xff\x3f\0\xff\x3f\0"
+    return {
+        "png of 1.2 GB": png[:8] + png_chunk(b"IHDR", large) + png_chunk(b"IDAT", zeros) + png_chunk(b"IEND", b""),
+        "jpeg of 4.3 gigapixels": jpeg[: (at := jpeg_frame(jpeg).at + 5)] + b"\xff\xff\xff\xff" + jpeg[at + 4 :],
+        "jpeg of 5000 scans": jpeg[:-2] + jpeg[scan:-2] * 5000 + jpeg[-2:],
+        "webp of 268 megapixels": bytes(huge_webp),
+    }
+
+
+SUSPECTS = """
+import sys, time, resource
+from data_pipeline.decode import BadImage, decode_full
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    content = open(path, "rb").read()
+    begun = time.monotonic()
+    try:
+        result = decode_full(content, max_pixels=100_000_000).shape
+    except BadImage as error:
+        result = error.reason
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(path.rsplit("/")[-1], time.monotonic() - begun < 1, grown < 64 << 10, result, sep="|")
+"""
+
+
+@pytest.mark.slow
+def test_bombs_are_refused_within_a_second_and_64_mb_and_hidden_ones_do_nothing(tmp_path):
+    png = FILES["png"]
+    zeros = zlib.compress(bytes(256 << 20), 9)
+    harmless = {
+        "text": png[:33] + png_chunk(b"zTXt", b"Comment\0\0" + zeros) + png[33:],
+        "international text": png[:33] + png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros) + png[33:],
+        "profile": png[:33] + png_chunk(b"iCCP", b"icc\0\0" + zeros) + png[33:],
+        "jpeg profile": encoded(PICTURE, "JPEG", icc_profile=bytes(16_000_000)),
+        "jpeg exif": FILES["jpeg"][:2]
+        + (b"\xff\xe1\xff\xffExif\0\0" + b"II*\0\x08\0\0\0\xff\xff".ljust(65527, b"\x12")) * 200
+        + FILES["jpeg"][2:],
+    }
+    paths = []
+    for name, content in {**bombs(), **harmless}.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(content)
+    said = subprocess.run([sys.executable, "-c", SUSPECTS, *paths], capture_output=True, text=True, timeout=60)
+    results = {line.split("|")[0]: line.split("|")[1:] for line in said.stdout.splitlines()}
+    for name in bombs():
+        assert results[name][:2] == ["True", "True"] and results[name][2] in ("too-many-pixels", "decode-error"), (
+            name,
+            results,
+        )
+    for name in harmless:
+        assert results[name] == ["True", "True", f"({HEIGHT}, {WIDTH}, 3)"], (name, results, said.stderr)
