@@ -27,7 +27,7 @@ from data_pipeline.mixture import SLOTS, Mixture, rank_slots
 from data_pipeline.order import Order, locate
 from data_pipeline.remote import fetched, tars_of
 from data_pipeline.storage import DamagedBytes, LocalStorage, Stored
-from data_pipeline.stream import BadSample, MicroBatch, Stream
+from data_pipeline.stream import BadSample, MicroBatch, Stream, blank_images
 from vitscale.base.errors import BadDataError, UsageError, VitscaleError
 from vitscale.base.files import xxh3_64
 
@@ -150,6 +150,7 @@ class _Images:
         self._augment = augment
         self._image_size = image_size
         self._micro_batch = micro_batch
+        self.batch_bytes = micro_batch * image_size**2 * 3
 
     def close(self) -> None:
         """Close the tars this process has open."""
@@ -164,7 +165,8 @@ class _Images:
             return error
 
     def _micro_batch_of(self, numbers: Sequence[int]) -> MicroBatch:
-        images_BHWC = np.zeros((self._micro_batch, self._image_size, self._image_size, 3), dtype=np.uint8)
+        shape = (self._micro_batch, self._image_size, self._image_size, 3)
+        images_BHWC = blank_images(shape, used=len(numbers))
         labels_BM = np.full((self._micro_batch, self._most_labels), -1, dtype=np.int64)
         hashes = 0
         bad_images = []

@@ -2,21 +2,32 @@
 
 The DataLoader hands micro-batches over in the order of the lists, so the number of workers changes nothing.
 
+slot  shared memory for the images of one micro-batch, made before the workers are forked and used again: a worker
+      decodes straight into it and sends the rest of the micro-batch. Fresh shared memory for each would cost its first
+      touch in two processes, and fill /dev/shm, which is small in containers; a slot has no name and no limit but the
+      memory. It is free again when the rank has dropped the last tensor over it. A rank that keeps its micro-batches
+      runs out of slots; what follows travels as torch sends tensors.
+
 B images of a micro-batch (BHWC: height and width image_size, 3 channels, uint8; normalised on the device)
 M labels of the image that has most, at least 1
 """
 
 import atexit
 import ctypes
+import dataclasses
+import math
+import mmap
 import os
 import signal
 import sys
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -24,6 +35,9 @@ from vitscale.base.errors import VitscaleError
 
 PREFETCH_PER_WORKER = 2
 """Micro-batches each worker keeps ready."""
+
+SLOTS_BESIDE_PREFETCH = 3
+"""Slots for the micro-batch just handed over, the one before it that a loop still names, and one on its way to the GPU."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -66,11 +80,27 @@ class MicroBatch:
 class MicroBatches(Protocol):
     """What the workers of a stream compute: a pure function of a list of numbers. Pickles without open files."""
 
-    def __getitems__(self, numbers: list[int]) -> MicroBatch | VitscaleError: ...
+    batch_bytes: int
+    """Bytes of the images of one micro-batch."""
+
+    def __getitems__(self, numbers: list[int]) -> MicroBatch | VitscaleError:
+        """Its images lie in `blank_images`."""
+        ...
 
     def close(self) -> None:
         """Close the files of this process."""
         ...
+
+
+def blank_images(shape: tuple[int, int, int, int], *, used: int) -> np.ndarray:
+    """BHWC memory for a micro-batch: the first `used` images hold anything, the others are black."""
+    size = math.prod(shape)
+    images = _slot_here[:size].reshape(shape) if len(_slot_here) >= size else np.empty(shape, np.uint8)
+    images[used:] = 0
+    return images
+
+
+_slot_here = np.empty(0, np.uint8)  # of the micro-batch this worker is at; empty in the rank itself
 
 
 class Stream:
@@ -84,9 +114,11 @@ class Stream:
         self._lists = lists
         self._workers = workers
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        slots = PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers and dataset.batch_bytes else 0
+        self._slots = _Slots(slots, size=dataset.batch_bytes)
         loader = DataLoader(
-            cast(Any, dataset),
-            batch_sampler=_heard_again(lists, heard),
+            cast(Any, _InSlots(dataset, self._slots)),
+            batch_sampler=cast(Any, self._slots.dealt(_heard_again(lists, heard))),
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=PREFETCH_PER_WORKER if workers else None,
@@ -110,13 +142,14 @@ class Stream:
     def __next__(self) -> MicroBatch:
         """The next micro-batch. Raises what its worker met, as itself."""
         try:
-            batch = next(self._iterator)
+            slot, batch = next(self._iterator)
         except StopIteration:
             self.close()
             raise
         if isinstance(batch, VitscaleError):
+            self._slots.free(slot)
             raise batch
-        return batch
+        return batch if slot is None else self._slots.joined(slot, batch)
 
     def close(self) -> None:
         """End the workers and close the files. Safe to call twice."""
@@ -126,6 +159,59 @@ class Stream:
         self._dataset.close()
         if isinstance(self._lists, Generator):
             self._lists.close()  # it may hold threads and files of its own
+
+
+class _Slots:
+    """Shared memory in pieces of `size` bytes. Workers see it because they are forked after it was made."""
+
+    def __init__(self, count: int, *, size: int) -> None:
+        self._size = size
+        self._memory = mmap.mmap(-1, max(1, count * size))  # anonymous and shared
+        self._free = deque(range(count))
+
+    def dealt(self, lists: Iterable[list[int]]) -> Iterator[tuple[int | None, list[int]]]:
+        """Each list with a free slot, or None when there is none. The DataLoader draws it as it gives work to a worker."""
+        for numbers in lists:
+            yield (self._free.popleft() if self._free else None), numbers
+
+    def array(self, slot: int) -> np.ndarray:
+        return np.frombuffer(self._memory, np.uint8, count=self._size, offset=slot * self._size)
+
+    def joined(self, slot: int, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with its images, which stand in the slot; in `batch` only their shape is left."""
+        array = self.array(slot)
+        weakref.finalize(array, self.free, slot)  # tensors hold the array, and views of them
+        shape = batch.images_BHWC.shape
+        images_BHWC = torch.from_numpy(array)[: shape.numel()].view(shape)
+        return dataclasses.replace(batch, images_BHWC=images_BHWC)
+
+    def free(self, slot: int | None) -> None:
+        if slot is not None:
+            self._free.append(slot)
+
+
+class _InSlots:
+    """What a worker runs: (slot, numbers) to (slot, micro-batch)."""
+
+    def __init__(self, dataset: MicroBatches, slots: _Slots) -> None:
+        self._dataset = dataset
+        self._slots = slots
+
+    def __getitems__(self, dealt: tuple[int | None, list[int]]) -> tuple[int | None, MicroBatch | VitscaleError]:
+        global _slot_here
+        slot, numbers = dealt
+        if slot is None:
+            return None, self._dataset.__getitems__(numbers)
+        _slot_here = self._slots.array(slot)
+        try:
+            batch = self._dataset.__getitems__(numbers)
+        finally:
+            _slot_here = _slot_here[:0]
+        if isinstance(batch, VitscaleError):
+            return slot, batch
+        shape = batch.images_BHWC.shape
+        # A tensor without memory of its own: four strides of nothing over one byte.
+        return slot, dataclasses.replace(batch, images_BHWC=torch.zeros(1, dtype=torch.uint8).expand(shape))
 
 
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()

@@ -6,7 +6,7 @@ normalises: timm's loader is taken before its prefetcher, and torchvision's tran
 both of them the conversion to floats.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _SHUFFLED = 1000
 """Samples in the shuffle buffers: small, so that filling them costs no loader its start."""
 
 
-def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int) -> Iterator[Any]:
+def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int) -> Generator[Any]:
     """timm's reader for WebDataset shards, its transform and its collation. Raises EnvironmentFault where it is missing."""
     _mend_torchvision()
     try:
@@ -50,7 +50,7 @@ def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int,
 
 def webdataset_batches(
     manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """webdataset's pipeline with torchvision's transforms. Raises EnvironmentFault where one is missing."""
     _mend_torchvision()
     try:
@@ -101,3 +101,7 @@ _kept: list[torch.library.Library] = []  # an operator lives as long as its libr
 
 def _missing(name: str, error: ImportError) -> EnvironmentFault:
     return EnvironmentFault(f"--peers {name} cannot be imported ({error}); install it with `pip install -e '.[peers]'`")
+
+
+PEERS = {"timm": timm_batches, "webdataset": webdataset_batches}
+"""Loaders by the name of `--peers`."""

@@ -19,7 +19,7 @@ PACKAGES = ("vitscale", "data_pipeline", "launch")
 # (without rings) or from a lower one.
 LAYERS = [
     ["launch"],
-    ["launch.command"],
+    ["launch.command", "launch.peers", "launch.bench_loader"],
     ["launch.assemble"],
     ["launch.trained", "launch.datasets"],
     ["launch.arguments"],
