@@ -76,12 +76,13 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def shear_x(image: np.ndarray, share: float) -> np.ndarray:
-    """Slide each row by `share` of its distance from the first one."""
-    return _affine(image, [[1, share, 0], [0, 1, 0]])
+    """Slide each row to the left by `share` of its distance from the upper edge."""
+    return _affine(image, [[1, -share, -share / 2], [0, 1, 0]])
 
 
 def shear_y(image: np.ndarray, share: float) -> np.ndarray:
-    return _affine(image, [[1, 0, 0], [share, 1, 0]])
+    """Slide each column up by `share` of its distance from the left edge."""
+    return _affine(image, [[1, 0, 0], [-share, 1, -share / 2]])
 
 
 def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
@@ -113,7 +114,7 @@ def _by_table(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _by_channel(image: np.ndarray, table_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    histograms = [cv2.calcHist([image], [channel], None, [256], [0, 256])[:, 0].astype(np.int64) for channel in range(3)]
+    histograms = [cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64) for channel in range(3)]
     return cv2.LUT(image, np.dstack([table_of(histogram) for histogram in histograms]))
 
 

@@ -21,7 +21,7 @@ _SHUFFLED = 1000
 
 def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int) -> Generator[Any]:
     """timm's reader for WebDataset shards, its transform and its collation. Raises EnvironmentFault where it is missing."""
-    _mend_torchvision()
+    mend_torchvision()
     try:
         from timm.data import create_dataset, create_loader  # an extra that only this comparison needs
     except ImportError as error:
@@ -52,7 +52,7 @@ def webdataset_batches(
     manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int
 ) -> Generator[Any]:
     """webdataset's pipeline with torchvision's transforms. Raises EnvironmentFault where one is missing."""
-    _mend_torchvision()
+    mend_torchvision()
     try:
         import webdataset  # extras that only this comparison needs
         from torchvision import transforms
@@ -87,7 +87,7 @@ def _stack(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch
     return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
-def _mend_torchvision() -> None:
+def mend_torchvision() -> None:
     """torchvision's CUDA build, the only one in the registry, wants two operators that a CPU build of torch lacks."""
     if not torch.backends.cuda.is_built() and not hasattr(torch.ops.torchvision, "nms"):
         library = torch.library.Library("torchvision", "DEF")

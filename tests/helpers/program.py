@@ -14,7 +14,7 @@ from vitscale.base.errors import run_main
 from vitscale.training.metrics import read_lines
 
 # Loaded before the fork.
-for script in ("pretrain", "finetune", "evaluate", "export", "attention", "build_shards", "inspect_shards"):
+for script in ("pretrain", "finetune", "evaluate", "export", "attention", "build_shards", "inspect_shards", "bench"):
     importlib.import_module(f"launch.{script}")
 
 

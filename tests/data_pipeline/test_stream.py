@@ -1,0 +1,116 @@
+"""Laws of the shared slots: the same bytes with and without them, none overwritten while a tensor over it lives."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.stream import PREFETCH_PER_WORKER, SLOTS_BESIDE_PREFETCH, MicroBatch, Stream, blank_images
+from vitscale.base.errors import BadDataError, VitscaleError
+
+SHAPE = (3, 4, 4, 3)
+BYTES = int(np.prod(SHAPE))
+
+
+class Painted:
+    """Image k of list n is painted 5 n + k. List 13 is an error."""
+
+    batch_bytes = BYTES
+
+    def __getitems__(self, numbers: list[int]) -> MicroBatch | VitscaleError:
+        if numbers[0] == 13:
+            return BadDataError("thirteen")
+        images_BHWC = blank_images(SHAPE, used=len(numbers))
+        for slot, number in enumerate(numbers):
+            images_BHWC[slot] = (5 * number + slot) % 256
+        return MicroBatch(
+            images_BHWC=torch.from_numpy(images_BHWC),
+            labels_B=torch.tensor(numbers),
+            counted_B=torch.arange(3) < len(numbers),
+            samples_hash=os.getpid(),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def lists(count: int, *, used: int = 3) -> Iterator[list[int]]:
+    return ([number] * used for number in range(20, 20 + count))
+
+
+def expected(number: int, *, used: int = 3) -> torch.Tensor:
+    images_BHWC = torch.zeros(SHAPE, dtype=torch.uint8)
+    for slot in range(used):
+        images_BHWC[slot] = (5 * number + slot) % 256
+    return images_BHWC
+
+
+def is_shared(images_BHWC: torch.Tensor) -> bool:
+    """Whether the memory is one of ours: torch's own shared memory is a file of its own."""
+    return not images_BHWC.is_shared()
+
+
+@pytest.mark.parametrize("used", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_images_arrive_whole_with_black_padding(workers, used):
+    with closing(Stream(Painted(), lists(40, used=used), workers=workers)) as stream:
+        for number, batch in enumerate(stream, start=20):
+            assert torch.equal(batch.images_BHWC, expected(number, used=used))
+            assert batch.labels_B.tolist() == [number] * used
+            assert (batch.samples_hash == os.getpid()) == (workers == 0)
+    assert number == 59
+
+
+def test_a_loop_that_drops_its_micro_batches_always_gets_slots():
+    with closing(Stream(Painted(), lists(60), workers=2)) as stream:
+        pointers = set()
+        for batch in stream:
+            assert is_shared(batch.images_BHWC)
+            pointers.add(batch.images_BHWC.data_ptr())
+    assert len(pointers) <= 2 * PREFETCH_PER_WORKER + SLOTS_BESIDE_PREFETCH
+
+
+def test_what_is_kept_is_never_overwritten_and_comes_another_way_when_slots_run_out():
+    with closing(Stream(Painted(), lists(60), workers=2)) as stream:
+        kept = list(stream)
+    for number, batch in enumerate(kept, start=20):
+        assert torch.equal(batch.images_BHWC, expected(number))
+    in_slots = sum(is_shared(batch.images_BHWC) for batch in kept)
+    assert in_slots == 2 * PREFETCH_PER_WORKER + SLOTS_BESIDE_PREFETCH < 60
+
+
+def test_a_view_keeps_its_slot():
+    with closing(Stream(Painted(), lists(80), workers=1)) as stream:
+        row = next(stream).images_BHWC[1, 2].view(-1)
+        for _ in range(70):
+            next(stream)
+        gc.collect()
+        assert torch.equal(row, expected(20)[1, 2].view(-1))
+
+
+def test_tensors_outlive_their_stream():
+    stream = Stream(Painted(), lists(5), workers=1)
+    batch = next(stream)
+    stream.close()
+    del stream
+    gc.collect()
+    assert torch.equal(batch.images_BHWC, expected(20))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_errors_arrive_in_order_and_return_their_slots(workers):
+    numbers = [[number] for _ in range(20) for number in (1, 13, 2)]
+    said = []
+    with closing(Stream(Painted(), numbers, workers=workers)) as stream:
+        for _ in numbers:
+            try:
+                batch = next(stream)
+                said.append(int(batch.labels_B[0]))
+                assert workers == 0 or is_shared(batch.images_BHWC)
+            except BadDataError as error:
+                said.append(str(error))
+    assert said == [1, "thirteen", 2] * 20
