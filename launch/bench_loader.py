@@ -130,7 +130,7 @@ def _cpu_s() -> float:
 
 def _our_stream(manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int) -> Stream:
     return train_stream(
-        manifest,
+        [manifest],
         data=DataConfig(workers=workers),
         augment=augment,
         image_size=image_size,
@@ -173,7 +173,7 @@ class _DecodeOnly:
             picture = Picture(self._contents[number % len(self._contents)])
             picture.crop(0, 0, picture.height, picture.width)
         nothing = torch.zeros(1, dtype=torch.uint8)
-        return MicroBatch(images_BHWC=nothing, labels_B=nothing, counted_B=nothing, samples_hash=0)
+        return MicroBatch(images_BHWC=nothing, labels_B=nothing, labels_BM=nothing, counted_B=nothing, samples_hash=0)
 
     def close(self) -> None:
         pass

@@ -27,7 +27,7 @@ def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int,
     except ImportError as error:
         raise _missing("timm", error) from None
     dataset = create_dataset(
-        "wds/", root=str(manifest.directory), split="train", is_training=True, batch_size=batch, seed=0, repeats=1_000_000
+        "wds/", root=manifest.tars_at, split="train", is_training=True, batch_size=batch, seed=0, repeats=1_000_000
     )
     loader = create_loader(
         dataset,
@@ -70,7 +70,7 @@ def webdataset_batches(
             transforms.PILToTensor(),
         ]
     )
-    urls = [str(manifest.directory / f"{shard.name}.tar") for shard in manifest.shards]
+    urls = [f"{manifest.tars_at}/{shard.name}.tar" for shard in manifest.shards]
     dataset = (
         webdataset.WebDataset(urls, resampled=True, shardshuffle=False)
         .shuffle(_SHUFFLED)

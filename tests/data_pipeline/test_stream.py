@@ -30,6 +30,7 @@ class Painted:
         return MicroBatch(
             images_BHWC=torch.from_numpy(images_BHWC),
             labels_B=torch.tensor(numbers),
+            labels_BM=torch.tensor(numbers)[:, None],
             counted_B=torch.arange(3) < len(numbers),
             samples_hash=os.getpid(),
         )
