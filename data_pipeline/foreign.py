@@ -14,14 +14,12 @@ dataset has labels, a label. Whether all pixels decode is seen at run time, or h
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.decode import BadImage, ImageHeader, decode_full, image_header
 from data_pipeline.manifest import (
     INDEX_SCHEMA,
     LOCATION,
@@ -35,29 +33,16 @@ from data_pipeline.manifest import (
     write_manifest,
     write_table,
 )
-from data_pipeline.places import ReadAt, Tars, local_copy, reading, stamp_of
+from data_pipeline.places import Tars, local_copy, reading, stamp_of
 from data_pipeline.processes import disk_faults, run_tasks
-from data_pipeline.tar_labels import LABEL_BYTES_MAX, BadLabel, label_ending, labels_of, marks_in
-from data_pipeline.tars import BadTar, Member, TarSample, key_and_ending, members, samples
+from data_pipeline.tar_index import Reject, contents_of
+from data_pipeline.tars import BadTar
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
-from vitscale.base.files import read_json, sha256_bytes, sha256_file, write_json, xxh3_64
+from vitscale.base.files import read_json, sha256_bytes, sha256_file, write_json
 from vitscale.base.progress import progress
 
 WORK = ".index"
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-"""Of a sample with several of these the first is its image, as WebDataset's users write `jpg;png;webp`."""
-IMAGE_BYTES_MAX = 64_000_000
-PIXELS_MAX = 100_000_000
 NO_LABEL = ("no-label", "the sample has no label, others of the dataset have")
-
-
-class Unusable(Exception):
-    """A sample that cannot enter the dataset: `reason` for counting, `detail` for reading."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +105,10 @@ def index_dataset(
         reports.sort(key=lambda report: report.shard["name"])
         damaged = [f"{report.shard['name']}.tar: {report.damage}" for report in reports if report.damage]
         if damaged and not skip_damaged:
-            more = f" (and {len(damaged) - 1:,} more tars)" if len(damaged) > 1 else ""
+            more = f" (and {len(damaged) - 3:,} more tars)" if len(damaged) > 3 else ""
             raise EnvironmentFault(
-                f"{damaged[0]}{more}; fetch such tars again, or leave them out by --skip-damaged; what was indexed is kept"
+                f"expected plain tars, but {' | '.join(damaged[:3])}{more}; fetch them again, or leave them out by "
+                "--skip-damaged; what was indexed is kept"
             )
         if any(report.highest_label >= 0 for report in reports):
             reports = [_without_unlabelled(setup, report) if report.unlabelled else report for report in reports]
@@ -135,23 +121,12 @@ def index_tar(setup: IndexSetup, name: str) -> TarReport:
     options = _options_hash(setup)
     if (kept := _kept(setup, name, stamp, options)) is not None:
         return kept
-    rows: list[dict[str, Any]] = []
-    rejects: list[tuple[str, str, str]] = []
-    keys: set[str] = set()
     damage = ""
-    number_of = {text: number for number, text in enumerate(setup.classes)}
     with local_copy(setup.at, name, scratch=setup.out / WORK) as path, reading(path) as read_at:
         try:
-            for source, sample in _inputs(members(read_at, stamp["size"])):
-                if sample is None:
-                    rejects.append((f"{name}.tar:{source}", "no-key", "the file name has no key and ending"))
-                    continue
-                try:
-                    rows.append(_row(read_at, sample, tar=name, keys=keys, number_of=number_of, is_full=setup.is_full))
-                except Unusable as unusable:
-                    rejects.append((f"{name}.tar:{source}", unusable.reason, unusable.detail))
+            rows, rejects = contents_of(read_at, stamp["size"], tar=f"{name}.tar", classes=setup.classes, is_full=setup.is_full)
         except BadTar as bad:
-            damage, rows, rejects = str(bad), [], [(f"{name}.tar", "damaged-tar", str(bad))]
+            damage, rows, rejects = str(bad), [], [Reject(f"{name}.tar", "damaged-tar", str(bad))]
         tar_sha256 = sha256_file(path)
     labels = [row["labels"] for row in rows]
     report = TarReport(
@@ -159,7 +134,7 @@ def index_tar(setup: IndexSetup, name: str) -> TarReport:
         stamp=stamp,
         options=options,
         read=len(rows) + len(rejects),
-        rejected=dict(Counter(reason for _, reason, _ in rejects)),
+        rejected=dict(Counter(reject.reason for reject in rejects)),
         unlabelled=sum(not marks for marks in labels),
         highest_label=max((max(marks) for marks in labels if marks), default=-1),
         most_labels=max(map(len, labels), default=0),
@@ -167,89 +142,6 @@ def index_tar(setup: IndexSetup, name: str) -> TarReport:
     )
     columns: dict[str, Any] = {column: [row[column] for row in rows] for column in INDEX_SCHEMA.names}
     return _written(setup, report, columns, rejects)
-
-
-def _inputs(found: Iterator[Member]) -> Iterator[tuple[str, TarSample | None]]:
-    """(name, sample) of everything in a tar; a member without a key stands alone, with None."""
-    keyless: list[str] = []
-
-    def noted() -> Iterator[Member]:
-        for member in found:
-            if key_and_ending(member.name) is None:
-                keyless.append(member.name)
-            yield member
-
-    for sample in samples(noted()):
-        yield from ((name, None) for name in keyless)
-        keyless.clear()
-        yield sample.key, sample
-    yield from ((name, None) for name in keyless)
-
-
-def _row(
-    read_at: ReadAt, sample: TarSample, *, tar: str, keys: set[str], number_of: Mapping[str, int], is_full: bool
-) -> dict[str, Any]:
-    """The row of the index. Raises Unusable."""
-    if sample.key in keys:
-        raise Unusable("duplicate-key", f"{tar}.tar has the key {sample.key} before")
-    keys.add(sample.key)
-    image = image_member(sample)
-    if image is None:
-        raise Unusable("no-image", f"expected one of {', '.join(IMAGE_ENDINGS)}, got {', '.join(list(sample.members)[:8])}")
-    if image.size > IMAGE_BYTES_MAX:
-        raise Unusable("too-many-bytes", f"{image.size:,} is more than {IMAGE_BYTES_MAX:,} bytes")
-    content = read_at(image.offset, image.size)
-    try:
-        header = _checked_header(content, is_full=is_full)
-        labels = sample_labels(read_at, sample, number_of=number_of)
-    except BadImage as bad:
-        raise Unusable(bad.reason, bad.detail) from None
-    except BadLabel as bad:
-        raise Unusable("bad-label", str(bad)) from None
-    image_hash = xxh3_64(content)
-    return {
-        "key": sample.key,
-        "image_offset": image.offset,
-        "image_size": image.size,
-        "label": labels[0] if labels else -1,
-        "labels": labels,
-        "width": header.width,
-        "height": header.height,
-        "orientation": header.orientation,
-        "format": header.format,
-        "image_xxh3": image_hash,
-        "source": f"{tar}.tar:{image.name}",
-        "source_xxh3": image_hash,
-    }
-
-
-def image_member(sample: TarSample) -> Member | None:
-    """The image of a sample: KEY.jpg and the like, else the only member that ends so (`KEY.v2.jpg`)."""
-    for ending in IMAGE_ENDINGS:
-        if ending in sample.members:
-            return sample.members[ending]
-    others = [member for ending, member in sample.members.items() if ending.rpartition(".")[2] in IMAGE_ENDINGS]
-    return others[0] if len(others) == 1 else None
-
-
-def sample_labels(read_at: ReadAt, sample: TarSample, *, number_of: Mapping[str, int]) -> list[int]:
-    """The labels beside an image; `number_of`: see `labels_of`. Raises BadLabel."""
-    ending = label_ending(sample.members)
-    if ending is None:
-        return []
-    member = sample.members[ending]
-    if member.size > LABEL_BYTES_MAX:
-        raise BadLabel(f"{member.size:,} bytes of .{ending}")
-    return labels_of(marks_in(read_at(member.offset, member.size), ending=ending), number_of=number_of)
-
-
-def _checked_header(content: bytes, *, is_full: bool) -> ImageHeader:
-    header = image_header(content)
-    if header.width * header.height > PIXELS_MAX:
-        raise BadImage("too-many-pixels", f"{header.width} x {header.height} is more than {PIXELS_MAX} pixels")
-    if is_full:
-        decode_full(content, max_pixels=PIXELS_MAX)
-    return header
 
 
 def _options_hash(setup: IndexSetup) -> str:
@@ -274,7 +166,7 @@ def _kept(setup: IndexSetup, name: str, stamp: dict[str, int], options: str) -> 
     return report if is_right and sha256_file(index) == report.shard["index_sha256"] else None
 
 
-def _written(setup: IndexSetup, report: TarReport, columns: dict[str, Any], rejects: list[tuple[str, str, str]]) -> TarReport:
+def _written(setup: IndexSetup, report: TarReport, columns: dict[str, Any], rejects: list[Reject]) -> TarReport:
     """Publish index, rejects and report, in this order: an index without its report is written again."""
     name = report.shard["name"]
     index = setup.out / f"{name}.parquet"
@@ -292,8 +184,8 @@ def _without_unlabelled(setup: IndexSetup, report: TarReport) -> TarReport:
     rows = read_table(setup.out / f"{name}.parquet")
     earlier = read_table(_rejects(setup, name))
     is_labelled = rows["label"] >= 0
-    rejects = list(zip(earlier["source"], earlier["reason"], earlier["detail"], strict=True))
-    rejects += [(source, *NO_LABEL) for source in rows["source"][~is_labelled]]
+    rejects = [Reject(*row) for row in zip(earlier["source"], earlier["reason"], earlier["detail"], strict=True)]
+    rejects += [Reject(source, *NO_LABEL) for source in rows["source"][~is_labelled]]
     report = TarReport(
         **vars(report)
         | {

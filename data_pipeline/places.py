@@ -6,6 +6,7 @@ DIR/train-{000..012}.tar   a range or a list in braces, as WebDataset writes it;
 s3://BUCKET/PREFIX         every *.tar directly below it
 """
 
+import functools
 import glob
 import itertools
 import os
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.store import Store, is_url, open_store
 from vitscale.base.errors import EnvironmentFault, UsageError
 
 MOST_TARS = 10_000_000
@@ -35,6 +37,8 @@ class Tars:
 def find_tars(source: str) -> Tars:
     """The tars that `source` names. Raises UsageError for none, EnvironmentFault for a place that cannot be read."""
     paths = _expanded(source)
+    if is_url(source):
+        return _find_objects(source, paths)
     if os.path.isdir(source):
         paths = [os.path.join(source, name) for name in os.listdir(source) if name.endswith(".tar")]
     elif any(glob.has_magic(path) for path in paths):
@@ -52,6 +56,29 @@ def find_tars(source: str) -> Tars:
     return Tars(at=folders.pop(), names=tuple(names))
 
 
+def _find_objects(source: str, urls: list[str]) -> Tars:
+    folder, _, last = source.rpartition("/")
+    if any("*" in url or not url.endswith(".tar") for url in urls):
+        if last.endswith(".tar") or "{" in source or "*" in source:
+            raise UsageError(f"expected a prefix or names in braces such as {folder}/train-{{000..012}}.tar, got {source}")
+        at = source.rstrip("/")
+        names = [path.removesuffix(".tar") for path in open_store(at).list("") if path.endswith(".tar") and "/" not in path]
+    else:
+        at = folder
+        names = sorted({url.removeprefix(f"{folder}/").removesuffix(".tar") for url in urls})
+        if any("/" in name for name in names):
+            raise UsageError(f"expected tars below one prefix, {source} names several; index each prefix for itself")
+    if not names:
+        raise UsageError(f"expected tars directly below {source}, found none; give their prefix, or names in braces")
+    return Tars(at=at, names=tuple(names))
+
+
+@functools.lru_cache(maxsize=4)
+def _store(url: str) -> Store:
+    """One per process: it remembers what it saw of each object."""
+    return open_store(url)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
     """By what an unchanged tar is known without reading it."""
@@ -64,6 +91,8 @@ class Stamp:
 
 def stamp_of(at: str, name: str) -> Stamp:
     """Raises EnvironmentFault for a missing tar."""
+    if is_url(at):
+        return Stamp(size=_store(at).size(f"{name}.tar"), mtime_ns=0)
     path = Path(at) / f"{name}.tar"
     try:
         status = path.stat()
@@ -79,11 +108,34 @@ ReadAt = Callable[[int, int], bytes]
 @contextmanager
 def local_copy(at: str, name: str, *, scratch: Path) -> Iterator[Path]:
     """The tar as a local file: itself, or a copy in `scratch` that is gone afterwards."""
-    yield Path(at) / f"{name}.tar"
+    if not is_url(at):
+        yield Path(at) / f"{name}.tar"
+        return
+    copy = scratch / f"{name}.tar.tmp-{os.getpid()}"
+    try:
+        with open(copy, "wb") as file:
+            for piece in _store(at).chunks(f"{name}.tar"):
+                file.write(piece)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def pieces_of(at: str, name: str) -> ReadAt:
+    """read_at of a tar where it lies, for a few pieces of it."""
+    if is_url(at):
+        return functools.partial(_store(at).read_range, f"{name}.tar")
+
+    def read_at(offset: int, count: int) -> bytes:
+        with reading(Path(at) / f"{name}.tar") as read:
+            return read(offset, count)
+
+    return read_at
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[ReadAt]:
+    """read_at of a local file."""
     with open(path, "rb", buffering=0) as file:
         descriptor = file.fileno()
 
