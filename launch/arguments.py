@@ -9,9 +9,9 @@ from vitscale.base.errors import UsageError, nearest
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviations, whose errors are UsageError: `run_main` prints them."""
 
-    def __init__(self, *, description: str, epilog: str = "") -> None:
+    def __init__(self, *, description: str, epilog: str = "", prog: str | None = None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split()

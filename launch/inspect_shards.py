@@ -1,42 +1,73 @@
-"""Look at a dataset of shards: `info` says what is in it, `verify` whether it is whole."""
+"""Look at a dataset of shards: what is in it, whether it is whole, how it looks; and read tars that others have made."""
 
-from collections.abc import Callable
+import argparse
+import sys
 from pathlib import Path
 
-import numpy as np
-
-from data_pipeline.manifest import Manifest, read_index, read_manifest
+from data_pipeline.foreign import index_dataset
+from data_pipeline.manifest import REJECTS, Manifest, read_manifest
+from data_pipeline.places import find_tars
 from data_pipeline.processes import default_workers
+from data_pipeline.store import is_url
+from data_pipeline.summary import as_record, described, tally_dataset
 from data_pipeline.verify import verify_dataset
 from launch.arguments import Parser
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
-from vitscale.base.progress import bytes_in_words
+from vitscale.base.files import write_json
 
 EPILOG = """\
-info      counts, images per class, shard sizes, rejects, build options, fingerprint; reads the indices, no image
-verify    every file against the manifest, every image, key and label against the index; exit 3 names all damage
+info DIR       counts, images per class, sizes, formats, rejects, build options, fingerprint; reads the indices, no image
+verify DIR     every file against the manifest, every image, key and label against the index; exit 3 names all damage
+index SOURCE   make the WebDataset tars of others a dataset without rewriting them
+sheet DIR      contact sheets: some images of each shard with keys and labels, and the rejected images
+
+`inspect_shards.py ACTION --help` lists the options of each.
 """
-MOST_CLASSES_SHOWN = 40
-BAR_WIDTH = 40
+INDEX_EPILOG = """\
+SOURCE is a directory of tars, a pattern such as 'DIR/train-*.tar' or 'DIR/train-{000..146}.tar', or behind s3://, gs://,
+https:// a prefix or names in braces. A sample is one image (jpg, jpeg, png, webp) and its label in KEY.cls or KEY.json.
+Everything that cannot be used is named with its reason in OUT/rejects.parquet. The same command continues where an
+earlier one ended; a tar whose size and time are as before is not read again.
+
+Every byte of the tars is read once. Of the images only the headers are looked at; --full also decodes all pixels, which
+takes about four times as long, and rejects what would otherwise be met in training.
+"""
 
 
 def main() -> None:
+    actions = {"info": info, "verify": verify, "index": index}
     parser = Parser(description=__doc__ or "", epilog=EPILOG)
-    parser.add_argument("action", choices=("info", "verify"))
-    parser.add_argument("directory", metavar="DIR", type=Path, help="directory of the dataset (holds manifest.json)")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=default_workers(), help="processes of verify (default here: %(default)s)"
-    )
+    parser.add_argument("action", choices=tuple(actions))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.workers < 1:
-        raise UsageError(f"--workers: expected at least 1, got {options.workers}")
+    actions[options.action](options.rest)
+
+
+def info(words: list[str]) -> None:
+    parser = _parser("info", "Say what is in a dataset, from its indices.")
+    _add_directory(parser)
+    _add_workers(parser)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file too")
+    options = parser.parse_args(words)
     manifest = read_manifest(options.directory)
-    if options.action == "info":
-        print(info(manifest))
-        return
+    tally = tally_dataset(manifest, workers=options.workers)
+    print(described(manifest, tally))
+    if options.json:
+        write_json(options.json, as_record(manifest, tally))
+
+
+def verify(words: list[str]) -> None:
+    parser = _parser("verify", "Compare every byte of a dataset with its manifest and its indices.")
+    _add_directory(parser)
+    _add_workers(parser)
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write what is damaged to this file too")
+    options = parser.parse_args(words)
+    manifest = read_manifest(options.directory)
     damage = verify_dataset(manifest, workers=options.workers)
     for line in damage:
         print(line)
+    if options.json:
+        write_json(options.json, {"fingerprint": manifest.fingerprint, "images": manifest.images, "damage": damage})
     if damage:
         raise EnvironmentFault(
             f"{options.directory} is damaged in {len(damage):,} places, named above; restore those files from a copy or rebuild"
@@ -44,53 +75,75 @@ def main() -> None:
     print(f"whole: {manifest.images:,} images in {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint}")
 
 
-def info(manifest: Manifest) -> str:
-    """The dataset in words and numbers."""
-    indices = [read_index(manifest, shard) for shard in range(len(manifest.shards))]
-    labels = np.concatenate([index.label for index in indices])
-    sizes = np.concatenate([index.image_size for index in indices])
-    shard_images = np.array([shard.images for shard in manifest.shards])
-    shard_bytes = np.array([index.image_size.sum() for index in indices])
+def index(words: list[str]) -> None:
+    parser = _parser("index", "Make the WebDataset tars of others a dataset, without rewriting them.", epilog=INDEX_EPILOG)
+    parser.add_argument("source", metavar="SOURCE", help="directory, pattern or URL of the tars")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the index goes (default: beside the tars)")
+    parser.add_argument(
+        "--classes", metavar="FILE", type=Path, help="class names, one per line: line i names label i (default: the numbers)"
+    )
+    parser.add_argument("--full", action="store_true", help="decode every image completely")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out tars that are cut or damaged, as rejects")
+    _add_workers(parser)
+    options = parser.parse_args(words)
+    if options.out is None and is_url(options.source):
+        raise UsageError("expected --out DIR for tars on an object store; the index is kept in a directory of this machine")
+    tars = find_tars(options.source)
+    manifest = index_dataset(
+        tars,
+        out=options.out or Path(tars.at),
+        classes=_class_names(options.classes) if options.classes else (),
+        is_full=options.full,
+        skip_damaged=options.skip_damaged,
+        workers=options.workers,
+    )
+    print(_indexed(manifest))
+
+
+def _indexed(manifest: Manifest) -> str:
     rejected = sum(manifest.rejected.values())
-    lines = [
-        f"images       {manifest.images:,} written of {manifest.images_read:,} read, {rejected:,} rejected",
-        *(f"  rejected   {count:,} {reason}" for reason, count in manifest.rejected.items()),
-        f"image bytes  {bytes_in_words(int(sizes.sum()))}; per image {_spread(sizes, bytes_in_words)}",
-        f"shards       {len(manifest.shards):,}; images {_spread(shard_images, '{:,}'.format)}; "
-        f"image bytes {_spread(shard_bytes, bytes_in_words)}",
-        f"fingerprint  {manifest.fingerprint}",
-        *(f"  build      {name} = {value}" for name, value in _options(manifest)),
-        *_classes(manifest.classes, labels),
-    ]
-    return "\n".join(lines)
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejected.items())
+    labels = {0: "no labels", 1: f"{len(manifest.classes):,} classes"}.get(
+        manifest.most_labels, f"{len(manifest.classes):,} classes, up to {manifest.most_labels} labels per image"
+    )
+    return "\n".join(
+        [
+            f"indexed     {manifest.images:,} of {manifest.images_read:,} samples in {len(manifest.shards):,} tars, {labels}",
+            f"rejected    {rejected:,}" + (f" ({reasons}); named in {REJECTS}" if reasons else ""),
+            f"dataset     {manifest.directory} (tars at {manifest.tars_at})",
+            f"fingerprint {manifest.fingerprint}",
+        ]
+    )
 
 
-def _spread(values: np.ndarray, words: Callable[[int], str]) -> str:
-    return f"min {words(int(values.min()))}, mean {words(round(values.mean()))}, max {words(int(values.max()))}"
+def _class_names(path: Path) -> tuple[str, ...]:
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes: expected a text file with one class name per line, got {path} ({error})") from None
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"--classes: expected one class name per line, each once and none empty, in {path}")
+    return names
 
 
-def _options(manifest: Manifest) -> list[tuple[str, object]]:
-    options = manifest.build.get("options", {})
-    others = {name: value for name, value in manifest.build.items() if name != "options"}
-    return [(name, value) for name, value in {**options, **others}.items() if value is not None]
+def _parser(action: str, description: str, epilog: str = "") -> Parser:
+    return Parser(description=description, epilog=epilog, prog=f"{Path(sys.argv[0]).name} {action}")
 
 
-def _classes(classes: tuple[str, ...], labels: np.ndarray) -> list[str]:
-    """Images of every class as bars, or of the smallest and largest when there are many."""
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
-    lines = [f"classes      {len(classes):,}" + (f"; images {_spread(counts, '{:,}'.format)}" if len(counts) else "")]
-    if (labels < 0).any():
-        lines.append(f"  no label   {int((labels < 0).sum()):,}")
-    shown = np.arange(len(classes))
-    if len(classes) > MOST_CLASSES_SHOWN:
-        by_count = np.argsort(-counts, kind="stable")
-        shown = np.concatenate([by_count[: MOST_CLASSES_SHOWN // 2], by_count[-MOST_CLASSES_SHOWN // 2 :]])
-        lines[0] += f"; the {MOST_CLASSES_SHOWN // 2} largest and smallest:"
-    width = max((len(classes[label]) for label in shown), default=0)
-    for label in shown:
-        bar = "█" * round(BAR_WIDTH * int(counts[label]) / max(1, int(counts.max())))
-        lines.append(f"  {label:>6} {classes[label]:<{width}} {counts[label]:>9,} {bar}".rstrip())
-    return lines
+def _add_directory(parser: Parser) -> None:
+    parser.add_argument("directory", metavar="DIR", type=Path, help="directory of the dataset (holds manifest.json)")
+
+
+def _add_workers(parser: Parser) -> None:
+    parser.add_argument(
+        "--workers", metavar="N", type=_count, default=default_workers(), help="processes (default here: %(default)s)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"expected a whole number of at least 1, got {text!r}; see --help")
+    return int(text)
 
 
 if __name__ == "__main__":
