@@ -12,7 +12,7 @@ import zlib
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_pipeline.headers import (
     PNG_SIGNATURE,
@@ -29,7 +29,7 @@ from data_pipeline.headers import (
 )
 from data_pipeline.jpeg import decode_checked, decode_for_crop, refuse_many_scans
 
-__all__ = ["BadImage", "Format", "ImageHeader", "Picture", "Reason", "decode", "decode_full", "encode_png", "image_header",
+__all__ = ["BadImage", "Format", "ImageHeader", "Picture", "Reason", "decode", "decode_damaged", "decode_full", "encode_png", "image_header",
            "oriented", "resize"]  # fmt: skip
 
 # Parallelism is processes (loader.py): threads of OpenCV would take the cores of the matrix multiplication.
@@ -166,3 +166,18 @@ def _decode_by_pillow(content: bytes, image_format: Format) -> np.ndarray:
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def decode_damaged(content: bytes, *, max_pixels: int) -> np.ndarray:
+    """What can be seen of a damaged image, the rest gray: for looking at it, never for training. Raises BadImage."""
+    header = image_header(content)
+    if header.width * header.height > max_pixels:
+        raise BadImage("too-many-pixels", f"{header.width} x {header.height} is more than {max_pixels} pixels")
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, struct.error, MemoryError) as error:
+        raise BadImage("decode-error", str(error)) from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -53,7 +53,8 @@ def contents_of(
             keys.add(sample.key)
             rows.append(_row(read_at, sample, tar=tar, number_of=number_of, is_full=is_full))
         except Unusable as unusable:
-            rejects.append(Reject(f"{tar}:{source}", unusable.reason, unusable.detail))
+            image = image_member(sample) if sample is not None else None
+            rejects.append(Reject(f"{tar}:{image.name if image else source}", unusable.reason, unusable.detail))
     return rows, rejects
 
 

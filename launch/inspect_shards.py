@@ -8,12 +8,17 @@ from data_pipeline.foreign import index_dataset
 from data_pipeline.manifest import REJECTS, Manifest, read_manifest
 from data_pipeline.places import find_tars
 from data_pipeline.processes import default_workers
+from data_pipeline.sheet import Picture, rejected_pictures, shard_pictures
 from data_pipeline.store import is_url
 from data_pipeline.summary import as_record, described, tally_dataset
 from data_pipeline.verify import verify_dataset
 from launch.arguments import Parser
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.files import write_json
+from vitscale.insight.sheets import Cell, draw_sheet
+
+SHEETS = 4
+"""Shards that are drawn unless others are named."""
 
 EPILOG = """\
 info DIR       counts, images per class, sizes, formats, rejects, build options, fingerprint; reads the indices, no image
@@ -35,7 +40,7 @@ takes about four times as long, and rejects what would otherwise be met in train
 
 
 def main() -> None:
-    actions = {"info": info, "verify": verify, "index": index}
+    actions = {"info": info, "verify": verify, "index": index, "sheet": sheet}
     parser = Parser(description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("action", choices=tuple(actions))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -100,6 +105,49 @@ def index(words: list[str]) -> None:
     print(_indexed(manifest))
 
 
+def sheet(words: list[str]) -> None:
+    parser = _parser("sheet", "Draw contact sheets: some images of each shard, evenly spaced, and the rejected images.")
+    _add_directory(parser)
+    parser.add_argument("--out", metavar="DIR2", type=Path, required=True, help="directory of the PNG files, made if missing")
+    parser.add_argument(
+        "--shards", metavar="0,5", type=_numbers, help=f"numbers of the shards (default: the first {SHEETS}, as far as they go)"
+    )
+    parser.add_argument("--images", metavar="N", type=_count, default=48, help="images per sheet (default: %(default)s)")
+    parser.add_argument(
+        "--originals",
+        metavar="DIR3",
+        type=Path,
+        help="directory of the inputs of the build, where they are files: to show those rejected",
+    )
+    options = parser.parse_args(words)
+    manifest = read_manifest(options.directory)
+    shards = options.shards or list(range(min(SHEETS, len(manifest.shards))))
+    if max(shards) >= len(manifest.shards):
+        raise UsageError(f"--shards: expected numbers below {len(manifest.shards)}, got {max(shards)}")
+    for number in shards:
+        shard = manifest.shards[number]
+        pictures = shard_pictures(manifest, number, count=options.images)
+        said = f"{len(pictures):,} of {shard.images:,} images" + (", evenly spaced" if len(pictures) < shard.images else "")
+        subtitle = f"{said}; key, label and class; shard {number} of {len(manifest.shards):,} in {options.directory}"
+        _draw(options.out / f"{shard.name}.png", pictures, title=shard.name, subtitle=subtitle)
+    if options.shards is None and len(manifest.shards) > len(shards):
+        print(f"shards {len(shards)} to {len(manifest.shards) - 1:,} were left out; name those you want with --shards")
+    if manifest.rejected:
+        pictures, total = rejected_pictures(manifest, count=options.images, originals=options.originals)
+        hidden = sum(picture.image_HWC is None for picture in pictures)
+        said = f"{len(pictures):,} of {total:,}" + (f"; of {hidden:,} there is nothing to see" if hidden else "")
+        subtitle = f"{said}; source and reason; {options.directory}"
+        _draw(options.out / "rejects.png", pictures, title="rejected", subtitle=subtitle)
+        if hidden and options.originals is None and "indexed_tars" not in manifest.build:
+            print(f"{hidden:,} rejected images are shown by name only; --originals DIR3 tells where their files are")
+
+
+def _draw(path: Path, pictures: list[Picture], *, title: str, subtitle: str) -> None:
+    cells = [Cell(**vars(picture)) for picture in pictures]
+    draw_sheet(path, cells, title=title, subtitle=subtitle)
+    print(f"{path}: {len(cells)} images")
+
+
 def _indexed(manifest: Manifest) -> str:
     rejected = sum(manifest.rejected.values())
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejected.items())
@@ -138,6 +186,13 @@ def _add_workers(parser: Parser) -> None:
     parser.add_argument(
         "--workers", metavar="N", type=_count, default=default_workers(), help="processes (default here: %(default)s)"
     )
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--shards: expected numbers separated by commas, such as 0,5, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _count(text: str) -> int:
