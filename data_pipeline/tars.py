@@ -166,7 +166,9 @@ class _Blocks:
         """The block at `offset`. Raises BadTar where the tar ends before it."""
         start = offset - self._start
         if start < 0 or start + BLOCK_BYTES > len(self._ahead):
-            if offset >= self._size:
+            if offset > self._size:
+                raise BadTar("the tar ends within its last member", self._size)
+            if offset == self._size:
                 raise BadTar(
                     "the end mark is missing, so the tar may have been cut; fetch it again, or append the mark "
                     "(truncate -s +1024 FILE) if you know that nothing is missing",

@@ -109,6 +109,7 @@ WHOLE = tar_of(pairs(3))
         (b"\xff\xd8\xff" + bytes(range(256)) * 8, "no number|checksum is wrong", 0),
         (WHOLE[:700], "0000.jpg is cut: 700 bytes expected, 188 are there", 512),
         (WHOLE[:100], "ends within a header", 0),
+        (WHOLE[: 512 + 900], "ends within its last member", 1412),
         (WHOLE[: 512 + 1024], "end mark is missing", 1536),
         (WHOLE.rstrip(b"\0") + bytes(512 - len(WHOLE.rstrip(b"\0")) % 512 + 512), "half of the end mark", None),
         (WHOLE + WHOLE, "data follow the end mark", len(WHOLE)),
