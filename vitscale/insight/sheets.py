@@ -21,6 +21,8 @@ GAP, MARGIN = 16, 28
 LINE = 18
 HEAD = 64
 """Pixels of title and subtitle."""
+LETTERS_MAX = 1000
+"""Longer words are cut before they are measured."""
 INK, FAINT, PALE, HATCH = "#1a1a1a", "#666666", "#f3f3f3", "#dddddd"
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -78,14 +80,16 @@ def _fitted(image_HWC: np.ndarray) -> Image.Image:
 
 
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_FONTS / f"{name}.ttf"), size)
+    # Basic layout: the other one fails on some texts.
+    return ImageFont.truetype(str(_FONTS / f"{name}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _shortened(words: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """One line that fits; of a long one beginning and end remain, because keys differ in their ends."""
     words = " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
-    if font.getlength(words) <= width:
+    if len(words) <= LETTERS_MAX and font.getlength(words) <= width:
         return words
+    words = words if len(words) <= LETTERS_MAX else words[: LETTERS_MAX // 2] + words[-LETTERS_MAX // 2 :]
     kept = len(words) - 1
     while kept and font.getlength(_cut(words, kept)) > width:
         kept -= 1
