@@ -1,1 +1,1 @@
-"""Other libraries agree with us, or are agreed with. Skipped aloud where they are not installed."""
+"""Other libraries read what we write."""
