@@ -66,7 +66,7 @@ def shown(manifest: Manifest) -> list[int]:
     data = DataConfig(path=str(manifest.directory), workers=0, lanes=2, window=8)
     shape = {"data": data, "augment": AugmentConfig(), "image_size": 8, "rank": 0, "world": 1, "micro_batch": 9}
     found: list[int] = []
-    stream = train_stream(manifest, seed=3, global_batch=9, position=0, **shape)  # type: ignore[arg-type]
+    stream = train_stream([manifest], seed=3, global_batch=9, position=0, **shape)  # type: ignore[arg-type]
     for _, batch in zip(range(manifest.images // 9), stream, strict=False):
         found += batch.labels_B.tolist()
     stream.close()
