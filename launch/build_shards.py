@@ -186,6 +186,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--on-bad", choices=("skip", "stop"), default="skip", help="reject a bad image (default), or end the build, exit 78"
     )
+    parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
     parser.add_argument("--replan", action="store_true", help="delete what an earlier build wrote in DIR and start over")
     return parser
 

@@ -4,34 +4,42 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import build_dataset
+from data_pipeline.build import build_dataset, build_datasets
 from data_pipeline.config import BuildConfig
-from data_pipeline.manifest import MANIFEST, Manifest
+from data_pipeline.manifest import MANIFEST, Manifest, write_table
 from data_pipeline.team import Team
+from tests.helpers.builds import files_of, photograph
+from tests.helpers.ranks import free_port
 from tests.helpers.sources import digit_pngs
 from vitscale.base.errors import EnvironmentFault, ExitCode, UsageError
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = BuildConfig(source="digits:eval", shard_bytes=None, shard_images=60)
+OPTIONS = ("digits:eval", "--shard-images", "60")
 
 
 def build(out: Path, *, workers: int = 1, config: BuildConfig = CONFIG) -> Manifest:
     return build_dataset(config, out, workers=workers, show_progress=False)
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
-
-
-def command(out: Path, *, workers: int, fault: str = "") -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(REPOSITORY / "launch" / "build_shards.py")]
-    options = ["digits:eval", "--out", str(out), "--shard-images", "60", "--workers", str(workers)]
+def command(
+    out: Path, *, workers: int, fault: str = "", source: str = OPTIONS[0], options: Sequence[str] = OPTIONS[1:]
+) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(REPOSITORY / "launch" / "build_shards.py"), source, *options]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VITSCALE_FAULT": fault}
-    return subprocess.run([*script, *options], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [*script, "--out", str(out), "--workers", str(workers)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +68,51 @@ def test_a_build_killed_twice_continues_to_the_same_bytes(
     build(tmp_path)
     assert files_of(tmp_path) == whole
     assert (tmp_path / "train-000000.tar").stat().st_mtime_ns == first.st_mtime_ns, "a finished shard is kept"
+
+
+def test_a_build_killed_in_the_scan_and_in_the_writing_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    """A source that is spilled, shrunk and split: everything the workshop can hold."""
+    images = [{"bytes": photograph(n, height=40, width=40), "path": f"{n}.jpg"} for n in range(150)]
+    write_table(tmp_path / "images.parquet", {"image": images, "label": [n % 3 for n in range(150)]})
+    source = f"parquet:{tmp_path / 'images.parquet'}"
+    options = ["--resize-short", "16", "--shard-images", "20", "--split", "train=0.7,eval=0.3", "--dedup"]
+    killed = command(tmp_path / "out", workers=1, fault="kill@build.piece:piece=1", source=source, options=options)
+    assert killed.returncode == -signal.SIGKILL
+    scanned = sorted((tmp_path / "out" / ".build").glob("scan-*"))
+    assert [path.stem for path in scanned] == ["scan-000000", "scan-000001"]
+    kept = scanned[0].stat().st_mtime_ns
+    killed = command(tmp_path / "out", workers=1, fault="kill@build.shard:shard=3", source=source, options=options)
+    assert killed.returncode == -signal.SIGKILL
+    assert scanned[0].stat().st_mtime_ns == kept, "a scanned piece is kept"
+    continued = command(tmp_path / "out", workers=1, source=source, options=options)
+    assert continued.returncode == 0, continued.stderr
+    config = BuildConfig(
+        source=source,
+        shard_bytes=None,
+        shard_images=20,
+        resize_short=16,
+        split=(("train", "0.7"), ("eval", "0.3")),
+        dedup=True,
+    )
+    build_datasets(config, tmp_path / "whole", workers=1, show_progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_launchers_change_no_byte(tmp_path: Path, whole: dict[str, bytes], launcher: str) -> None:
+    start = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())],
+    }[launcher]
+    script = [str(REPOSITORY / "launch" / "build_shards.py"), *OPTIONS, "--out", str(tmp_path / "out"), "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, *start, *script], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("fingerprint") == 1, "one rank speaks"
+    assert files_of(tmp_path / "out") == whole
 
 
 @pytest.mark.slow
