@@ -38,7 +38,7 @@ from data_pipeline.workshop import (
     withdraw,
 )
 from data_pipeline.write import Output, ShardTask, record_path, write_shard
-from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
+from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError, VitscaleError
 from vitscale.base.files import fsync_path, read_json
 from vitscale.base.progress import ImageBar
 
@@ -152,9 +152,11 @@ class _Build:
         """Another rank may complete the build and clear the workshop at any moment: then nothing is missing."""
         try:
             yield
-        except (EnvironmentFault, FileNotFoundError):
+        except (EnvironmentFault, FileNotFoundError) as error:
             if not self._is_complete():
-                raise
+                raise _loud(error) from None
+        except VitscaleError as error:
+            raise _loud(error) from None
 
     def _is_complete(self) -> bool:
         return is_complete(self._config, self._out)
@@ -275,6 +277,13 @@ class _Build:
     def _destination(self, split: str) -> Destination:
         url = self._url if self._config.split is None or self._url is None else f"{self._url}/{split}"
         return Destination(directory=dataset_directory(self._config, self._out, split), url=url)
+
+
+def _loud(error: Exception) -> Exception:
+    """A rank that has joined meets what no other rank meets, so it must say it, whatever its number."""
+    if isinstance(error, VitscaleError):
+        error.every_rank_speaks = True
+    return error
 
 
 def _timm_split(layout: Layout, shards: list[Shard], *, folder: str = "") -> dict[str, Any]:

@@ -70,6 +70,7 @@ def test_a_build_killed_twice_continues_to_the_same_bytes(
     assert (tmp_path / "train-000000.tar").stat().st_mtime_ns == first.st_mtime_ns, "a finished shard is kept"
 
 
+@pytest.mark.slow
 def test_a_build_killed_in_the_scan_and_in_the_writing_continues_to_the_same_bytes(tmp_path: Path) -> None:
     """A source that is spilled, shrunk and split: everything the workshop can hold."""
     images = [{"bytes": photograph(n, height=40, width=40), "path": f"{n}.jpg"} for n in range(150)]

@@ -128,3 +128,11 @@ def test_a_usage_error_is_met_by_every_rank(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         build_datasets(CONFIG, tmp_path, workers=1, team=Team(rank=0, world=2), show_progress=False)
+
+
+def test_a_rank_says_what_it_alone_has_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """UsageError is printed by rank 0, unless rank 0 cannot know of it."""
+    monkeypatch.setattr("data_pipeline.build.lay_out", lambda *_, **__: (_ for _ in ()).throw(UsageError("only here")))
+    with pytest.raises(UsageError, match="only here") as caught:
+        build_datasets(CONFIG, tmp_path, workers=1, show_progress=False)
+    assert caught.value.every_rank_speaks
