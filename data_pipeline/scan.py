@@ -143,7 +143,7 @@ def scan_piece(setup: ScanSetup, piece: Piece) -> tuple[int, int]:
     rows: list[ScannedInput] = []
     spill_temporary = setup.directory / f"spill-{piece.piece:06d}.tmp-{os.getpid()}"
     with open(spill_temporary, "wb", buffering=1 << 20) as spill:
-        contents = setup.source.read(piece.wanted)
+        contents = setup.source.read(piece.wanted, max_bytes=setup.config.max_bytes)
         for name, content in zip(piece.wanted.names, contents, strict=True):
             if isinstance(content, Unusable):
                 rows.append(ScannedInput(reason=content.reason, detail=content.detail))

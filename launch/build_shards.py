@@ -27,7 +27,10 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 EPILOG = """\
 SOURCE
   imagefolder:PATH    one folder per class; files may lie in folders below it
+  tars:PATH           one tar per class, as ImageNet-21k ships
   parquet:PATH        Hugging Face image layout: a file, a directory, or a pattern such as 'DIR/train-*.parquet'
+  table:FILE          CSV or Parquet with the columns path and label, or labels
+  webdataset:PATH     WebDataset tars of any maker: a directory or a pattern; they are shuffled and indexed anew
   digits:train        the handwritten digits of scikit-learn: 1438 images (digits:eval: the other 359, digits: all)
 
 What comes out
