@@ -29,8 +29,20 @@ from data_pipeline.headers import (
 )
 from data_pipeline.jpeg import decode_checked, decode_for_crop, refuse_many_scans
 
-__all__ = ["BadImage", "Format", "ImageHeader", "Picture", "Reason", "decode", "decode_damaged", "decode_full", "encode_png", "image_header",
-           "oriented", "resize"]  # fmt: skip
+__all__ = [
+    "BadImage",
+    "Format",
+    "ImageHeader",
+    "Picture",
+    "Reason",
+    "decode",
+    "decode_damaged",
+    "decode_full",
+    "encode_png",
+    "image_header",
+    "oriented",
+    "resize",
+]
 
 # Parallelism is processes (loader.py): threads of OpenCV would take the cores of the matrix multiplication.
 cv2.setNumThreads(0)

@@ -1,1 +1,1 @@
-"""Other libraries read what we write."""
+"""Other libraries agree with us, or are agreed with. Skipped aloud where they are not installed."""

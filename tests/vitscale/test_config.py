@@ -248,6 +248,8 @@ KINDS = {
         train.length train.seed train.precision train.label_smoothing train.init_sha256
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
+        augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
+        augment.erase augment.erase_with
     """,
     "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
     "watching": "run.log_every run.eval_every run.save_every run.keep_last run.keep_every",
