@@ -24,7 +24,7 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from data_pipeline.cache import Answer, Cache, Need, Part, UsesOf
+from data_pipeline.cache import Answer, Cache, CacheTooSmall, Need, Part, UsesOf
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.store import PATIENCE, Patience, Stopped, Store, is_url, open_store
 from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
@@ -252,12 +252,28 @@ class Fetcher:
             current = (due, due | self._uses.keys())
             if current == self._published:
                 return
-            needs = {key: Need(distance=self._distance(key, due), size=self._size(key)) for key in current[1]}
-        there = self._cache.publish(needs, uses_of=partial(self._uses_of, self._passed))
+            distances = {key: self._distance(key, due) for key in current[1]}
+        try:
+            there = self._publish_needs(distances)
+        except CacheTooSmall:
+            unknown = [key for key in due if self._places[key][0].has_remote_index and key not in self._index_bytes]
+            if not unknown:
+                raise
+            for key in unknown:  # a guess is no reason to refuse
+                self._index_bytes[key] = self._remote_index_bytes(key)
+            there = self._publish_needs(distances)
         with self._state:
             self._published, self._due = current, due
             self._ready &= there
             self._state.notify_all()
+
+    def _publish_needs(self, distances: dict[str, int]) -> set[str]:
+        needs = {key: Need(distance=distance, size=self._size(key)) for key, distance in distances.items()}
+        return self._cache.publish(needs, uses_of=partial(self._uses_of, self._passed))
+
+    def _remote_index_bytes(self, key: str) -> int:
+        remote, shard = self._places[key]
+        return remote.store.size(f"{shard.name}.parquet")
 
     def _distance(self, key: str, due: set[str]) -> int:
         return 0 if key in due else max(1, self._uses[key][0] - self._passed)
@@ -346,7 +362,7 @@ class Fetcher:
                 "upload the dataset again, or index it again"
             )
         if remote.has_remote_index:
-            self._index_bytes[key] = remote.store.size(f"{shard.name}.parquet")
+            self._index_bytes[key] = self._remote_index_bytes(key)
         answer = self._cache.begin(
             key,
             tar_bytes=shard.tar_bytes,

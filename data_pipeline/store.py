@@ -63,8 +63,8 @@ class Patience:
     connect_s: float = 5.0
     stall_s: float = 8.0
     """Longest silence, before and within a body."""
-    slow_s: float = 5.0
-    """Time over which the speed of a body is measured."""
+    slow_s: float = 2.0
+    """Time over which the speed of a body is measured: what one trickle costs."""
     slow_bytes_per_s: int = 250_000
     """Slower bodies are given up. What came is kept, so a network that knows no better still gets on."""
     request_s: float = 120.0

@@ -183,8 +183,7 @@ def test_a_limit_below_what_one_step_needs_is_refused_with_the_number(local, rem
     with pytest.raises(CacheTooSmall, match=r"data\.cache_bytes .* set it to at least \d+") as caught:
         list(gate.follow([[shard] for shard in range(6)], shards_themselves))
     named = int(str(caught.value).partition("at least ")[2].partition(",")[0])
-    # The sizes of indexes are guessed from above until the store has said them: 32 KiB and 128 bytes a row.
-    assert need < named < need + 6 * 36_000 + 10_000 and caught.value.exit_code == 2
+    assert named == need + (tars_of(remote, tmp_path / "cache") / MANIFEST).stat().st_size and caught.value.exit_code == 2
     again = fetcher_of(remote, tmp_path / "cache", limit=named, step_lists=6)
     assert len(list(again.follow([[shard] for shard in range(6)], shards_themselves))) == 6
 
