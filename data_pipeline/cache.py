@@ -190,8 +190,12 @@ class Cache:
             size = tar_bytes + (index_bytes or 0)
             needs = self._needs()
             reserve = 0
-            if distance:  # what is fetched ahead leaves room for what is due and not there
-                absent = [k for k, need in needs.items() if not need.distance and k not in held and k != key]
+            if distance:  # what is fetched ahead leaves room for what is due or needed sooner, and not there
+                absent = [
+                    k
+                    for k, need in needs.items()
+                    if k not in held and k != key and (not need.distance or uses_of(k, distance)[0] < distance)
+                ]
                 reserve = sum(needs[k].size for k in absent)
                 held |= {k: _Held(is_coming=True) for k in absent}
             missing, is_disk_full = total + size + reserve - self.limit_bytes, False

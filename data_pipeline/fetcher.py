@@ -259,8 +259,11 @@ class Fetcher:
             unknown = [key for key in due if self._places[key][0].has_remote_index and key not in self._index_bytes]
             if not unknown:
                 raise
-            for key in unknown:  # a guess is no reason to refuse
-                self._index_bytes[key] = self._remote_index_bytes(key)
+            try:
+                for key in unknown:  # a guess is no reason to refuse
+                    self._index_bytes[key] = self._remote_index_bytes(key)
+            except EnvironmentFault as error:
+                raise HostFault(str(error)) from None
             there = self._publish_needs(distances)
         with self._state:
             self._published, self._due = current, due
