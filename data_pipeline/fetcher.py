@@ -120,6 +120,8 @@ class Fetcher:
         self._paused = (-1, 0.0)
         self._due: set[str] = set()
         self._published: tuple[set[str], set[str]] = (set(), set())
+        self._sizes: dict[str, int] = {}
+        """As published."""
         self._index_bytes: dict[str, int] = {}
         self._is_second_try: set[str] = set()
         self._error: BaseException | None = None
@@ -256,7 +258,7 @@ class Fetcher:
         try:
             there = self._publish_needs(distances)
         except CacheTooSmall:
-            unknown = [key for key in due if self._places[key][0].has_remote_index and key not in self._index_bytes]
+            unknown = [key for key in due if self._is_guessed(key)]
             if not unknown:
                 raise
             try:
@@ -272,7 +274,11 @@ class Fetcher:
 
     def _publish_needs(self, distances: dict[str, int]) -> set[str]:
         needs = {key: Need(distance=distance, size=self._size(key)) for key, distance in distances.items()}
+        self._sizes = {key: need.size for key, need in needs.items()}
         return self._cache.publish(needs, uses_of=partial(self._uses_of, self._passed))
+
+    def _is_guessed(self, key: str) -> bool:
+        return self._places[key][0].has_remote_index and key not in self._index_bytes
 
     def _remote_index_bytes(self, key: str) -> int:
         remote, shard = self._places[key]
@@ -366,13 +372,17 @@ class Fetcher:
             )
         if remote.has_remote_index:
             self._index_bytes[key] = self._remote_index_bytes(key)
-        answer = self._cache.begin(
-            key,
-            tar_bytes=shard.tar_bytes,
-            index_bytes=self._index_bytes.get(key),
-            distance=distance,
-            uses_of=uses_of,
-        )
+        index_bytes = self._index_bytes.get(key)
+        try:
+            answer = self._cache.begin(
+                key, tar_bytes=shard.tar_bytes, index_bytes=index_bytes, distance=distance, uses_of=uses_of
+            )
+        except CacheTooSmall:
+            with self._state:
+                if all(self._sizes.get(due) == self._size(due) and not self._is_guessed(due) for due in self._due):
+                    raise
+                self._published = (set(), set())  # with the sizes that are known by now
+            return "full"
         if not isinstance(answer, Part):
             return self._verified(key) if answer == "whole" else answer
         is_kept = False
