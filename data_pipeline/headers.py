@@ -4,6 +4,7 @@ Nothing is decompressed and nothing is allocated that the header asks for, so no
 a walk over its own bytes. The limit on pixels is applied to what is found here.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _ALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # JPEG markers without a length
 _FRAMES = frozenset([*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)])
+_NO_FILL = re.compile(b"[^\xff]")
+PARTS_MAX = 100_000
+"""Segments or chunks that are walked: a PNG of 64 MB in pieces of 1 kB has fewer."""
 
 
 class BadImage(Exception):
@@ -120,11 +124,11 @@ def jpeg_frame(content: bytes) -> Frame:
     """
     at = 2
     try:
-        while True:
+        for _ in range(PARTS_MAX):
             if content[at] != 0xFF:
                 at = content.index(b"\xff", at)
-            while content[at + 1] == 0xFF:  # fill
-                at += 1
+            if content[at + 1] == 0xFF and (end_of_fill := _NO_FILL.search(content, at + 1)):
+                at = end_of_fill.start() - 1
             kind = content[at + 1]
             if kind == 0 or kind in _ALONE:  # no segment: a stuffed byte, or a marker without a length
                 at += 2
@@ -138,12 +142,13 @@ def jpeg_frame(content: bytes) -> Frame:
             at += 2 + max(length, 2)
     except (IndexError, ValueError):
         raise BadImage("truncated", "the file ends before its frame header") from None
+    raise BadImage("decode-error", f"more than {PARTS_MAX:,} segments before the frame header")
 
 
 def png_chunks(content: bytes) -> Iterator[Chunk]:
     """The chunks up to IEND, nothing checked but that they are whole. Raises BadImage."""
     at = len(PNG_SIGNATURE)
-    while True:
+    for _ in range(PARTS_MAX):
         if at + 12 > len(content):
             raise BadImage("truncated", "the end of the file is missing")
         size, kind = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8]
@@ -153,6 +158,7 @@ def png_chunks(content: bytes) -> Iterator[Chunk]:
         if kind == b"IEND":
             return
         at += 12 + size
+    raise BadImage("decode-error", f"more than {PARTS_MAX:,} chunks")
 
 
 def png_essence(content: bytes) -> bytes:
@@ -226,7 +232,9 @@ def _webp_header(content: bytes) -> tuple[int, int, int]:
 
 def _riff_chunks(content: bytes) -> Iterator[Chunk]:
     at = 12
-    while at + 8 <= len(content):
+    for _ in range(PARTS_MAX):
+        if at + 8 > len(content):
+            return
         size = int.from_bytes(content[at + 4 : at + 8], "little")
         yield Chunk(content[at : at + 4], at + 8, size)
         at += 8 + size + size % 2
