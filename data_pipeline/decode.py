@@ -182,12 +182,11 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 def decode_damaged(content: bytes, *, max_pixels: int) -> np.ndarray:
     """What can be seen of a damaged image, the rest gray: for looking at it, never for training. Raises BadImage."""
-    header = image_header(content)
-    if header.width * header.height > max_pixels:
-        raise BadImage("too-many-pixels", f"{header.width} x {header.height} is more than {max_pixels} pixels")
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"]) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage("too-many-pixels", f"{image.width} x {image.height} is more than {max_pixels} pixels")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, struct.error, MemoryError) as error:
         raise BadImage("decode-error", str(error)) from None

@@ -193,10 +193,11 @@ def test_json_labels_and_class_names(tmp_path: Path) -> None:
 
 
 def test_full_decoding_finds_what_headers_hide(tmp_path: Path) -> None:
-    cut = picture(1)[:-20]
-    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("1.png", cut)])
+    damaged = bytearray(picture(1))
+    damaged[damaged.find(b"IDAT") + 20] ^= 1
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("1.png", bytes(damaged))])
     assert index_all(tmp_path, tmp_path / "quick").images == 2
-    assert index_all(tmp_path, tmp_path / "full", is_full=True).rejected == {"truncated": 1}
+    assert index_all(tmp_path, tmp_path / "full", is_full=True).rejected == {"decode-error": 1}
 
 
 def test_an_interrupted_index_keeps_unchanged_tars(tars: Path, tmp_path: Path) -> None:
