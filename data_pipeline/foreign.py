@@ -14,6 +14,7 @@ dataset has labels, a label. Whether all pixels decode is seen at run time, or h
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from data_pipeline.manifest import (
     REJECTS_SCHEMA,
     Manifest,
     Shard,
+    append_tables,
     read_manifest,
     read_table,
     write_manifest,
@@ -37,8 +39,9 @@ from data_pipeline.places import Tars, local_copy, reading, stamp_of
 from data_pipeline.processes import disk_faults, run_tasks
 from data_pipeline.tar_index import Reject, contents_of
 from data_pipeline.tars import BadTar
+from data_pipeline.workshop import WORK as BUILD
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
-from vitscale.base.files import read_json, sha256_bytes, sha256_file, write_json
+from vitscale.base.files import fsync_path, publish, read_json, sha256_bytes, sha256_file, write_json
 from vitscale.base.progress import progress
 
 WORK = ".index"
@@ -99,6 +102,8 @@ def index_dataset(
     with disk_faults(out):
         if (out / MANIFEST).exists():
             return _complete_already(setup, tars)
+        if (out / BUILD).exists():
+            raise UsageError(f"{out} holds an unfinished build; let launch/build_shards.py finish it, or choose another --out")
         (out / WORK).mkdir(parents=True, exist_ok=True)
         finished = run_tasks(index_tar, setup, tars.names, workers=workers)
         reports = list(progress(finished, total=len(tars.names), what="indexing", unit=" tars") if show_progress else finished)
@@ -112,7 +117,7 @@ def index_dataset(
             )
         if any(report.highest_label >= 0 for report in reports):
             reports = [_without_unlabelled(setup, report) if report.unlabelled else report for report in reports]
-        return _complete(setup, tars, reports)
+        return _complete(setup, reports)
 
 
 def index_tar(setup: IndexSetup, name: str) -> TarReport:
@@ -197,19 +202,17 @@ def _without_unlabelled(setup: IndexSetup, report: TarReport) -> TarReport:
     return _written(setup, report, {column: values[is_labelled] for column, values in rows.items()}, rejects)
 
 
-def _complete(setup: IndexSetup, tars: Tars, reports: list[TarReport]) -> Manifest:
+def _complete(setup: IndexSetup, reports: list[TarReport]) -> Manifest:
     """Write rejects, location and manifest, in this order, and clear the workshop. Tars without images are left out."""
     rejected = sum((Counter(report.rejected) for report in reports), Counter[str]())
     read = sum(report.read for report in reports)
     if rejected.total() == read:
         reason = rejected.most_common(1)[0][0] if rejected else "no samples"
         raise BadDataError(f"expected images in the {len(reports):,} tars at {setup.at}, none can be used, mostly {reason}")
-    tables = [read_table(_rejects(setup, report.shard["name"])) for report in reports if report.rejected]
-    columns: dict[str, Any] = {
-        column: np.concatenate([table[column] for table in tables]) if tables else [] for column in REJECTS_SCHEMA.names
-    }
-    columns["input"] = np.arange(rejected.total())
-    write_table(setup.out / REJECTS, columns, schema=REJECTS_SCHEMA)
+    temporary = setup.out / WORK / REJECTS
+    append_tables(temporary, _numbered_rejects(setup, reports), schema=REJECTS_SCHEMA)
+    fsync_path(temporary)
+    publish(temporary, setup.out / REJECTS)
     if os.path.realpath(setup.at) != os.path.realpath(setup.out):
         write_json(setup.out / LOCATION, {"tars_at": setup.at})
     for report in reports:
@@ -227,6 +230,17 @@ def _complete(setup: IndexSetup, tars: Tars, reports: list[TarReport]) -> Manife
     )
     shutil.rmtree(setup.out / WORK)
     return manifest
+
+
+def _numbered_rejects(setup: IndexSetup, reports: list[TarReport]) -> Iterator[dict[str, Any]]:
+    """The rejects of one tar after another, counted through all of them."""
+    number = 0
+    for report in reports:
+        if report.rejected:
+            rows = read_table(_rejects(setup, report.shard["name"]))
+            count = len(rows["reason"])
+            yield rows | {"input": np.arange(number, number + count)}
+            number += count
 
 
 def _complete_already(setup: IndexSetup, tars: Tars) -> Manifest:

@@ -221,7 +221,8 @@ def test_damaged_tars_can_be_left_out_by_name(tars: Path) -> None:
     (tars / "part-1.tar").write_bytes((tars / "part-1.tar").read_bytes()[:-9000])
     manifest = index_all(tars, tars, skip_damaged=True)
     assert (manifest.images, manifest.images_read, manifest.rejected) == (18, 19, {"damaged-tar": 1})
-    assert read_table(tars / "rejects.parquet")["source"].tolist() == ["part-1.tar"]
+    rejects = read_table(tars / "rejects.parquet")
+    assert (rejects["input"].tolist(), rejects["source"].tolist()) == ([0], ["part-1.tar"])
 
 
 def test_a_complete_index_is_found_again_and_a_changed_one_refused(tars: Path, tmp_path: Path) -> None:
@@ -235,6 +236,12 @@ def test_a_complete_index_is_found_again_and_a_changed_one_refused(tars: Path, t
     write_tar(tars / "part-3.tar", labelled(range(90, 92)))
     with pytest.raises(UsageError, match=r"index of 3 tars, .* has 4"):
         index_all(tars, tmp_path / "index")
+
+
+def test_an_unfinished_build_is_not_indexed(tars: Path) -> None:
+    (tars / ".build").mkdir()
+    with pytest.raises(UsageError, match="an unfinished build"):
+        index_all(tars, tars)
 
 
 def test_nothing_usable_is_no_dataset(tmp_path: Path) -> None:
