@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data_pipeline.store import Store, is_url, open_store
 from vitscale.base.errors import EnvironmentFault, UsageError
+from vitscale.base.files import write_bytes
 
 MOST_TARS = 10_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -146,6 +147,14 @@ def reading(path: Path) -> Iterator[ReadAt]:
             return content
 
         yield read_at
+
+
+def record_of(directory: Path, at: str, name: str) -> Path:
+    """A record of a dataset, such as an index; one that is missing is fetched from the store that has the tars."""
+    path = directory / name
+    if is_url(at) and not path.exists():
+        write_bytes(path, _store(at).read(name))
+    return path
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.decode import BadImage, decode, decode_damaged, oriented, resize
 from data_pipeline.manifest import REJECTS, Manifest, read_index, read_table
-from data_pipeline.places import pieces_of, stamp_of
+from data_pipeline.places import pieces_of, record_of, stamp_of
 from data_pipeline.tar_index import IMAGE_BYTES_MAX, PIXELS_MAX, image_member
 from data_pipeline.tars import BadTar, members, samples
 from vitscale.base.files import xxh3_64
@@ -33,6 +33,7 @@ class Picture:
 
 def shard_pictures(manifest: Manifest, shard: int, *, count: int) -> list[Picture]:
     """Up to `count` images of a shard, evenly spaced from its first to its last."""
+    record_of(manifest.directory, manifest.tars_at, f"{manifest.shards[shard].name}.parquet")
     index = read_index(manifest, shard)
     read_at = pieces_of(manifest.tars_at, manifest.shards[shard].name)
     rows = np.unique(np.linspace(0, len(index.keys) - 1, min(count, len(index.keys))).round().astype(int))
@@ -59,7 +60,7 @@ def rejected_pictures(manifest: Manifest, *, count: int, originals: Path | None)
     Their bytes come from the tars of an indexed dataset. Of a built one the inputs are below `originals`, if they are files;
     else there is nothing to see but name and reason.
     """
-    rejects = read_table(manifest.directory / REJECTS)
+    rejects = read_table(record_of(manifest.directory, manifest.tars_at, REJECTS))
     rows = _by_turns(rejects["reason"].astype(str))[:count]
     names = rejects["source"][rows].tolist()
     if "indexed_tars" in manifest.build:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.manifest import Manifest, Shard, read_table
+from data_pipeline.places import record_of
 from data_pipeline.processes import run_tasks
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.progress import bytes_in_words, progress
@@ -81,7 +82,7 @@ def tally_dataset(manifest: Manifest, *, workers: int, show_progress: bool = Tru
 def tally_shard(manifest: Manifest, number: int) -> Tally:
     """The tally of one shard."""
     shard: Shard = manifest.shards[number]
-    path = manifest.directory / f"{shard.name}.parquet"
+    path = record_of(manifest.directory, manifest.tars_at, f"{shard.name}.parquet")
     several = manifest.most_labels > 1
     rows = read_table(path, columns=[*_COLUMNS, "labels"] if several else _COLUMNS)
     if len(rows["label"]) != shard.images:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.manifest import MANIFEST, REJECTS, Manifest, Shard, read_table
-from data_pipeline.places import ReadAt, local_copy, reading
+from data_pipeline.places import ReadAt, local_copy, reading, record_of
 from data_pipeline.processes import disk_faults, run_tasks, watched
 from data_pipeline.tar_index import image_member, sample_labels
 from data_pipeline.tar_labels import BadLabel
@@ -73,7 +73,10 @@ def verify_dataset(manifest: Manifest, *, workers: int, show_progress: bool = Tr
 def verify_shard(dataset: Dataset, shard: Shard) -> ShardReport:
     """Compare tar and index with the manifest, and every sample in the tar with its row in the index."""
     index = dataset.directory / f"{shard.name}.parquet"
-    index_damage = _file_damage(index, shard.index_sha256, None)
+    try:
+        index_damage = _file_damage(record_of(dataset.directory, dataset.at, index.name), shard.index_sha256, None)
+    except EnvironmentFault as fault:  # of the store
+        index_damage = [f"{index.name}: {fault}"]
     try:
         rows = read_table(index) if index.is_file() else {}
     except EnvironmentFault:
@@ -171,7 +174,7 @@ def _words(labels: list[int]) -> str:
 def _rejects_damage(manifest: Manifest) -> list[str]:
     """rejects.parquet has no hash of its own; its rows must add up to what the manifest counts by reason."""
     try:
-        rows = read_table(manifest.directory / REJECTS)
+        rows = read_table(record_of(manifest.directory, manifest.tars_at, REJECTS), columns=["reason"])
         reasons, counts = np.unique(rows["reason"].astype(str), return_counts=True)
     except (EnvironmentFault, KeyError) as error:
         return [f"{REJECTS}: {error}"]

@@ -2,12 +2,16 @@
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.foreign import index_dataset
-from data_pipeline.manifest import REJECTS, Manifest, read_manifest
+from data_pipeline.manifest import REJECTS, Manifest
 from data_pipeline.places import find_tars
 from data_pipeline.processes import default_workers
+from data_pipeline.remote import open_dataset
 from data_pipeline.sheet import Picture, rejected_pictures, shard_pictures
 from data_pipeline.store import is_url
 from data_pipeline.summary import as_record, described, tally_dataset
@@ -50,32 +54,32 @@ def main() -> None:
 
 def info(words: list[str]) -> None:
     parser = _parser("info", "Say what is in a dataset, from its indices.")
-    _add_directory(parser)
+    _add_dataset(parser)
     _add_workers(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file too")
     options = parser.parse_args(words)
-    manifest = read_manifest(options.directory)
-    tally = tally_dataset(manifest, workers=options.workers)
-    print(described(manifest, tally))
+    with opened(options.dataset) as manifest:
+        tally = tally_dataset(manifest, workers=options.workers)
+        print(described(manifest, tally))
     if options.json:
         write_json(options.json, as_record(manifest, tally))
 
 
 def verify(words: list[str]) -> None:
     parser = _parser("verify", "Compare every byte of a dataset with its manifest and its indices.")
-    _add_directory(parser)
+    _add_dataset(parser)
     _add_workers(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what is damaged to this file too")
     options = parser.parse_args(words)
-    manifest = read_manifest(options.directory)
-    damage = verify_dataset(manifest, workers=options.workers)
+    with opened(options.dataset) as manifest:
+        damage = verify_dataset(manifest, workers=options.workers)
     for line in damage:
         print(line)
     if options.json:
         write_json(options.json, {"fingerprint": manifest.fingerprint, "images": manifest.images, "damage": damage})
     if damage:
         raise EnvironmentFault(
-            f"{options.directory} is damaged in {len(damage):,} places, named above; restore those files from a copy or rebuild"
+            f"{options.dataset} is damaged in {len(damage):,} places, named above; restore those files from a copy or rebuild"
         )
     print(f"whole: {manifest.images:,} images in {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint}")
 
@@ -107,7 +111,7 @@ def index(words: list[str]) -> None:
 
 def sheet(words: list[str]) -> None:
     parser = _parser("sheet", "Draw contact sheets: some images of each shard, evenly spaced, and the rejected images.")
-    _add_directory(parser)
+    _add_dataset(parser)
     parser.add_argument("--out", metavar="DIR2", type=Path, required=True, help="directory of the PNG files, made if missing")
     parser.add_argument(
         "--shards", metavar="0,5", type=_numbers, help=f"numbers of the shards (default: the first {SHEETS}, as far as they go)"
@@ -120,7 +124,11 @@ def sheet(words: list[str]) -> None:
         help="directory of the inputs of the build, where they are files: to show those rejected",
     )
     options = parser.parse_args(words)
-    manifest = read_manifest(options.directory)
+    with opened(options.dataset) as manifest:
+        draw_sheets(manifest, options)
+
+
+def draw_sheets(manifest: Manifest, options: argparse.Namespace) -> None:
     shards = options.shards or list(range(min(SHEETS, len(manifest.shards))))
     if max(shards) >= len(manifest.shards):
         raise UsageError(f"--shards: expected numbers below {len(manifest.shards)}, got {max(shards)}")
@@ -128,7 +136,7 @@ def sheet(words: list[str]) -> None:
         shard = manifest.shards[number]
         pictures = shard_pictures(manifest, number, count=options.images)
         said = f"{len(pictures):,} of {shard.images:,} images" + (", evenly spaced" if len(pictures) < shard.images else "")
-        subtitle = f"{said}; key, label and class; shard {number} of {len(manifest.shards):,} in {options.directory}"
+        subtitle = f"{said}; key, label and class; shard {number} of {len(manifest.shards):,} in {options.dataset}"
         _draw(options.out / f"{shard.name}.png", pictures, title=shard.name, subtitle=subtitle)
     if options.shards is None and len(manifest.shards) > len(shards):
         print(f"shards {len(shards)} to {len(manifest.shards) - 1:,} were left out; name those you want with --shards")
@@ -136,7 +144,7 @@ def sheet(words: list[str]) -> None:
         pictures, total = rejected_pictures(manifest, count=options.images, originals=options.originals)
         hidden = sum(picture.image_HWC is None for picture in pictures)
         said = f"{len(pictures):,} of {total:,}" + (f"; of {hidden:,} there is nothing to see" if hidden else "")
-        subtitle = f"{said}; source and reason; {options.directory}"
+        subtitle = f"{said}; source and reason; {options.dataset}"
         _draw(options.out / "rejects.png", pictures, title="rejected", subtitle=subtitle)
         if hidden and options.originals is None and "indexed_tars" not in manifest.build:
             print(f"{hidden:,} rejected images are shown by name only; --originals DIR3 tells where their files are")
@@ -178,8 +186,15 @@ def _parser(action: str, description: str, epilog: str = "") -> Parser:
     return Parser(description=description, epilog=epilog, prog=f"{Path(sys.argv[0]).name} {action}")
 
 
-def _add_directory(parser: Parser) -> None:
-    parser.add_argument("directory", metavar="DIR", type=Path, help="directory of the dataset (holds manifest.json)")
+def _add_dataset(parser: Parser) -> None:
+    parser.add_argument("dataset", metavar="DIR", help="directory or URL of the dataset (holds manifest.json)")
+
+
+@contextmanager
+def opened(location: str) -> Iterator[Manifest]:
+    """The manifest of a dataset; what is fetched of one on an object store is gone afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield open_dataset(location, cache_dir=Path(scratch))
 
 
 def _add_workers(parser: Parser) -> None:

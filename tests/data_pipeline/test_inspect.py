@@ -15,6 +15,7 @@ from data_pipeline.sheet import rejected_pictures, shard_pictures
 from data_pipeline.summary import as_record, tally_dataset
 from data_pipeline.verify import verify_dataset
 from launch import build_shards, inspect_shards
+from tests.helpers.object_store import serve
 from tests.helpers.shards import smooth_image, write_dataset
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import read_json
@@ -242,6 +243,29 @@ def test_the_command_indexes_and_names_classes(
         a, b = read_index(ours, shard), read_index(theirs, shard)
         for column in ("keys", "image_offset", "image_size", "label", "orientation", "image_xxh3"):
             assert (getattr(a, column) == getattr(b, column)).all()
+
+
+def test_a_dataset_on_an_object_store_is_looked_at_by_its_url(
+    dataset: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        for path in dataset.directory.iterdir():
+            server.objects[f"bucket/digits/{path.name}"] = path.read_bytes()
+        run(monkeypatch, inspect_shards, "info", "s3://bucket/digits")
+        assert "359 written of 359 read" in capsys.readouterr().out
+        run(monkeypatch, inspect_shards, "verify", "s3://bucket/digits", "--workers", "1")
+        assert dataset.fingerprint in capsys.readouterr().out
+        run(monkeypatch, inspect_shards, "sheet", "s3://bucket/digits", "--out", str(tmp_path / "s"), "--shards", "2")
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["train-000002.png"]
+        del server.objects["bucket/digits/train-000001.tar"]
+        server.objects["bucket/digits/train-000003.parquet"] = b"other"
+        with pytest.raises(EnvironmentFault, match="2 places"):
+            run(monkeypatch, inspect_shards, "verify", "s3://bucket/digits", "--workers", "1")
+        lines = capsys.readouterr().out.splitlines()[-2:]
+        assert "s3://bucket/digits/train-000001.tar" in lines[0]
+        assert lines[1].startswith("train-000003.parquet: sha256")
 
 
 @pytest.mark.parametrize(
