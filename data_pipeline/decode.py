@@ -52,6 +52,10 @@ Image.MAX_IMAGE_PIXELS = None
 _AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
+PIXELS_MAX = 250_000_000
+"""Nothing larger is decoded, whatever a dataset says of itself: 750 MB."""
+
+
 class Picture:
     """An image of known size of which a rectangle is wanted; a JPEG is decoded as far as that rectangle needs."""
 
@@ -62,6 +66,7 @@ class Picture:
             self._content = source
             if format_of(source) == "jpg":
                 frame = jpeg_frame(source)
+                _refuse_size(frame.width, frame.height)
                 # Inks are Pillow's work, and a frame without height is libjpeg's to complain about.
                 self._frame = frame if frame.components != 4 and frame.height else None
             if self._frame is None:
@@ -112,13 +117,18 @@ def decode(content: bytes) -> np.ndarray:
     image_format = format_of(content)
     if image_format == "jpg":
         frame = jpeg_frame(content)
+        _refuse_size(frame.width, frame.height)
         if frame.components != 4:
             return decode_for_crop(content, frame, bottom=frame.height).copy()
     if image_format == "png":
+        _refuse_size(*struct.unpack(">II", content[16:24].ljust(8, b"\0")))
         # Six times as fast as Pillow on small images, and equal to it in every mode; None where Pillow knows the reason.
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _AS_STORED)
         if pixels is not None:
             return pixels
+    if image_format == "webp":
+        header = image_header(content)  # Pillow makes room for the picture before it tells its size
+        _refuse_size(header.width, header.height)
     return _decode_by_pillow(content, image_format)
 
 
@@ -157,6 +167,11 @@ def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
     return image[::-1] if orientation in (3, 4, 7, 8) else image
 
 
+def _refuse_size(width: int, height: int) -> None:
+    if width * height > PIXELS_MAX:
+        raise BadImage("too-many-pixels", f"{width} x {height} is more than {PIXELS_MAX} pixels")
+
+
 def _decode_by_pillow(content: bytes, image_format: Format) -> np.ndarray:
     if is_cut(content, image_format):
         raise BadImage("truncated", "the end of the file is missing")
@@ -166,6 +181,7 @@ def _decode_by_pillow(content: bytes, image_format: Format) -> np.ndarray:
             warnings.simplefilter("ignore")  # remarks on metadata
             file = Image.open(io.BytesIO(content), formats=[names[image_format]])
         with file:
+            _refuse_size(*file.size)
             file.load()
             if file.mode.startswith("I"):  # 16-bit gray, which convert() would clip
                 gray = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
