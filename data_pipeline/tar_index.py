@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data_pipeline.decode import BadImage, ImageHeader, decode_full, image_header
+from data_pipeline.headers import jpeg_frame
+from data_pipeline.jpeg import refuse_many_scans
 from data_pipeline.places import ReadAt
 from data_pipeline.tar_labels import LABEL_BYTES_MAX, BadLabel, label_ending, labels_of, marks_in
 from data_pipeline.tars import Member, TarSample, key_and_ending, members, samples
@@ -129,6 +131,8 @@ def sample_labels(read_at: ReadAt, sample: TarSample, *, number_of: Mapping[str,
 
 def _checked_header(content: bytes, *, is_full: bool) -> ImageHeader:
     header = image_header(content)
+    if header.format == "jpg":
+        refuse_many_scans(content, jpeg_frame(content))
     if header.width * header.height > PIXELS_MAX:
         raise BadImage("too-many-pixels", f"{header.width} x {header.height} is more than {PIXELS_MAX} pixels")
     if is_full:

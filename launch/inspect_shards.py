@@ -139,7 +139,7 @@ def draw_sheets(manifest: Manifest, options: argparse.Namespace) -> None:
         subtitle = f"{said}; key, label and class; shard {number} of {len(manifest.shards):,} in {options.dataset}"
         _draw(options.out / f"{shard.name}.png", pictures, title=shard.name, subtitle=subtitle)
     if options.shards is None and len(manifest.shards) > len(shards):
-        print(f"shards {len(shards)} to {len(manifest.shards) - 1:,} were left out; name those you want with --shards")
+        print(f"{len(manifest.shards) - len(shards):,} further shards were left out; name those you want with --shards")
     if manifest.rejected:
         pictures, total = rejected_pictures(manifest, count=options.images, originals=options.originals)
         hidden = sum(picture.image_HWC is None for picture in pictures)

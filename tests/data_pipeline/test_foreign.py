@@ -18,6 +18,7 @@ from data_pipeline.manifest import Manifest, read_index, read_manifest, read_tab
 from data_pipeline.places import find_tars
 from data_pipeline.storage import check_files
 from data_pipeline.verify import verify_dataset
+from tests.helpers.mutants import whole_images
 from tests.helpers.object_store import serve
 from tests.helpers.shards import smooth_image
 from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError
@@ -159,6 +160,14 @@ def test_everything_unusable_is_named_with_its_reason(tmp_path: Path) -> None:
     assert (manifest.images, manifest.images_read) == (1, 12)
     assert sum(manifest.rejected.values()) == 11
     assert verify_dataset(manifest, workers=1, show_progress=False) == []
+
+
+def test_a_picture_of_endless_scans_is_refused_by_its_header(tmp_path: Path) -> None:
+    progressive = whole_images()[2]
+    last = progressive.rfind(b"\xff\xda")
+    endless = progressive[:-2] + progressive[last:-2] * 200 + progressive[-2:]
+    write_tar(tmp_path / "a.tar", [("0.jpg", progressive), ("1.jpg", endless)])
+    assert index_all(tmp_path, tmp_path).rejected == {"decode-error": 1}
 
 
 def test_tars_without_any_label_are_a_dataset_without_labels(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_sheets_show_shards_and_say_what_they_leave_out(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train-000000.png", "train-000001.png"]
     said = capsys.readouterr().out
     assert "train-000001.png: 9 images" in said
-    assert "shards 2 to 3 were left out" in said
+    assert "2 further shards were left out" in said
     run(monkeypatch, inspect_shards, "sheet", str(whole), "--out", str(tmp_path / "some"), "--shards", "3")
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["train-000003.png"]
 

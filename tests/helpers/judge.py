@@ -1,8 +1,10 @@
 """Read bad files in a process of its own, and say of each what came of it: a crash or a hang is seen from outside.
 
 python -m tests.helpers.judge images SEED COUNT    a line `NUMBER BUILD TRAINING SECONDS` per mutant, as soon as it is known
-python -m tests.helpers.judge bombs FILE...        a line `NAME VERDICT SECONDS MEGABYTES` per file
+python -m tests.helpers.judge bombs FILE...        a line `NAME VERDICT SECONDS MEGABYTES` per file, read as a build does
+python -m tests.helpers.judge trained FILE...      the same, read as training does
 
+Seconds are those of the processor: other work on the machine does not count.
 Verdicts: decoded, bad:REASON, refused:KIND, or raised:EXCEPTION, which nothing should be.
 """
 
@@ -29,12 +31,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # what is not refused shall not take the machine with it
     if mode == "images":
         for number, content in enumerate(mutants(int(words[1]), seed=int(words[0]))):
-            started_at_s = time.perf_counter()
+            started_at_s = time.process_time()
             verdicts = image_verdicts(content, number)
-            print(number, *verdicts, f"{time.perf_counter() - started_at_s:.3f}", flush=True)
+            print(number, *verdicts, f"{time.process_time() - started_at_s:.3f}", flush=True)
     else:
         for word in words:
-            judge_bomb(Path(word))
+            judge_bomb(Path(word), is_trained=mode == "trained")
 
 
 def image_verdicts(content: bytes, number: int) -> tuple[str, str]:
@@ -59,7 +61,7 @@ def _verdict(act: Callable[[], object]) -> str:
     return found if isinstance(found, str) else "decoded"
 
 
-def judge_bomb(path: Path) -> None:
+def judge_bomb(path: Path, *, is_trained: bool) -> None:
     """In a child of this clean process, so that each bomb finds the same memory."""
     pid = os.fork()
     if pid:
@@ -69,9 +71,12 @@ def judge_bomb(path: Path) -> None:
         return
     content = path.read_bytes() if path.suffix != ".tar" else b""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before, started_at_s = _peak_mb(), time.perf_counter()
-    verdict = _verdict(lambda: _index(path) if path.suffix == ".tar" else decode_full(content, max_pixels=PIXELS_MAX))
-    print(path.name, verdict, f"{time.perf_counter() - started_at_s:.3f}", f"{_peak_mb() - before:.1f}", flush=True)
+    before, started_at_s = _peak_mb(), time.process_time()
+    if is_trained:
+        verdict = _verdict(lambda: _train(content, 0))
+    else:
+        verdict = _verdict(lambda: _index(path) if path.suffix == ".tar" else decode_full(content, max_pixels=PIXELS_MAX))
+    print(path.name, verdict, f"{time.process_time() - started_at_s:.3f}", f"{_peak_mb() - before:.1f}", flush=True)
     os._exit(0)
 
 
