@@ -63,8 +63,8 @@ class Patience:
     connect_s: float = 5.0
     stall_s: float = 8.0
     """Longest silence, before and within a body."""
-    slow_s: float = 2.0
-    """Time over which the speed of a body is measured: what one trickle costs."""
+    slow_s: float = 1.0
+    """Time over which the speed of a body is measured: what one trickle costs. Doubles with each that an object meets."""
     slow_bytes_per_s: int = 250_000
     """Slower bodies are given up. What came is kept, so a network that knows no better still gets on."""
     request_s: float = 120.0
@@ -155,7 +155,7 @@ class Store:
         while at < end:
             until = min(at + RANGE_BYTES, end)
             with trials.next():
-                for piece in self._range(path, seen, at, until):
+                for piece in self._range(path, seen, at, until, slow_s=self._patience.slow_s * 2**trials.slow):
                     at += len(piece)
                     if at > until:
                         raise EnvironmentFault(
@@ -227,8 +227,8 @@ class Store:
                 self._seen[path] = _Seen(size=found["size"], etag=found["e_tag"])
         return self._seen[path]
 
-    def _range(self, path: str, seen: _Seen, start: int, end: int) -> Iterator[bytes]:
-        """One request. Raises _Passing when the body trickles."""
+    def _range(self, path: str, seen: _Seen, start: int, end: int, *, slow_s: float) -> Iterator[bytes]:
+        """One request. Raises _Slow when the body trickles."""
         options: dict[str, Any] = {"range": (start, end)}
         if seen.etag and not seen.etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1)
             options["if_match"] = seen.etag
@@ -246,9 +246,9 @@ class Store:
             window_s += time.monotonic() - asked_at_s  # the caller's own time does not count
             window_bytes += len(piece)
             yield bytes(piece)
-            if window_s >= self._patience.slow_s:
+            if window_s >= slow_s:
                 if window_bytes < window_s * self._patience.slow_bytes_per_s:
-                    raise _Passing(f"a body came at {window_bytes / window_s / 1000:,.1f} kB/s")
+                    raise _Slow(f"a body came at {window_bytes / window_s / 1000:,.1f} kB/s")
                 window_bytes, window_s = 0, 0.0
 
     def _changed(self, path: str) -> EnvironmentFault:
@@ -289,6 +289,10 @@ class _Passing(Exception):
     """Something that a further request may cure."""
 
 
+class _Slow(_Passing):
+    """A body that trickles."""
+
+
 class _Trials:
     """Requests for one object until one succeeds: waits between them, and the deadline."""
 
@@ -298,6 +302,8 @@ class _Trials:
         self._started_at_s = time.monotonic()
         self._limit_s = self._patience.deadline_s + size / self._patience.slow_bytes_per_s
         self._failures_in_a_row = 0
+        self.slow = 0
+        """Bodies given up because they trickled, counted up to 10."""
 
     def is_better(self) -> None:
         self._failures_in_a_row = 0
@@ -310,6 +316,7 @@ class _Trials:
         try:
             yield
         except (*_FAULTS, _Passing, VitscaleError) as error:
+            self.slow = min(self.slow + isinstance(error, _Slow), 10)
             verdict = self._store._verdict(error, self._path, self._verb)
             if verdict is not None:
                 raise verdict from None
