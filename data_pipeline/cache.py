@@ -22,48 +22,25 @@ Keep CACHE on a disk of the node: flock and speed are those of its file system.
 import errno
 import fcntl
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
+from data_pipeline.eviction import Held, Need, UsesOf, victims
 from vitscale.base.errors import HostFault, UsageError
 
 Answer = Literal["whole", "busy", "full"]
-UsesOf = Callable[[str, int], tuple[float, float]]
-"""(key, distance) to (distance of the rank's next use, of its next use at or behind `distance`); math.inf: none is known."""
 
 
 class CacheTooSmall(UsageError):
     """The limit is below what the ranks of this node need at once. Exit 2, printed by the rank that found it."""
 
     every_rank_speaks = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """What a rank publishes about one entry."""
-
-    distance: int
-    size: int
-    """Bytes of tar and index."""
-
-
-@dataclass(kw_only=True)
-class _Held:
-    """An entry as it lies in the directory."""
-
-    files: list[Path] = field(default_factory=list)
-    size: int = 0
-    used_at_ns: int = 0
-    is_coming: bool = False
-    """Not whole as yet: counts as in use."""
 
 
 class Part:
@@ -104,6 +81,7 @@ class Cache:
         self.evicted: list[str] = []
         """Keys this rank has evicted."""
         self._is_shrunk = False
+        self._mine: dict[str, Need] = {}
         self._leases = directory / "leases"
         try:
             self._leases.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -152,14 +130,15 @@ class Cache:
         """
         record = json.dumps({key: [need.distance, need.size] for key, need in needs.items()}).encode()
         with self.locked():
+            self._mine = dict(needs)
             os.ftruncate(self._lease.fileno(), 0)
             os.pwrite(self._lease.fileno(), record, 0)
             self._check_limit()
             if not self._is_shrunk:
                 held, total = self._survey()
                 missing = total - self.limit_bytes
-                for victim in self._victims(held, self._needs(), distance=0, uses_of=uses_of, size=missing) or ():
-                    self._evict(victim, held[victim])
+                for key in self._victims(held, distance=0, uses_of=uses_of, size=missing) or ():
+                    self._evict(key, held[key])
                 self._is_shrunk = True
             return {key for key in needs if self.tar(key).exists()}
 
@@ -197,11 +176,11 @@ class Cache:
                     if k not in held and k != key and (not need.distance or uses_of(k, distance)[0] < distance)
                 ]
                 reserve = sum(needs[k].size for k in absent)
-                held |= {k: _Held(is_coming=True) for k in absent}
+                held |= {k: Held(is_coming=True) for k in absent}
             missing, is_disk_full = total + size + reserve - self.limit_bytes, False
             while True:
-                victims = self._victims(held, needs, distance=distance, uses_of=uses_of, size=missing)
-                if victims is None:
+                chosen = self._victims(held, distance=distance, uses_of=uses_of, size=missing)
+                if chosen is None:
                     if not distance:
                         self._check_limit()
                         if is_disk_full:
@@ -210,7 +189,7 @@ class Cache:
                                 "free some of it, or set data.cache_dir to another disk"
                             )
                     return "full"
-                for victim in victims:
+                for victim in chosen:
                     self._evict(victim, held.pop(victim))
                 part = self._take(key, tar_bytes=tar_bytes, index_bytes=index_bytes)
                 if part is not None:
@@ -254,9 +233,9 @@ class Cache:
             return None
         return part
 
-    def _survey(self) -> tuple[dict[str, _Held], int]:
+    def _survey(self) -> tuple[dict[str, Held], int]:
         """All entries, and the bytes of all files. Parts without a living owner are removed."""
-        held: dict[str, _Held] = {}
+        held: dict[str, Held] = {}
         total = 0
         for folder in self.directory.iterdir():
             if not folder.is_dir() or folder == self._leases:
@@ -279,27 +258,37 @@ class Cache:
                 total += stat.st_size
                 whole = path.with_suffix("") if path.suffix == ".part" else path
                 if whole.suffix in (".tar", ".parquet"):
-                    entry = held.setdefault(f"{folder.name}/{whole.stem}", _Held())
+                    entry = held.setdefault(f"{folder.name}/{whole.stem}", Held())
                     entry.is_coming |= path is not whole
                     entry.files.append(path)
                     entry.size += stat.st_size
                     entry.used_at_ns = max(entry.used_at_ns, stat.st_atime_ns)
         return held, total
 
-    def _needs(self, *, but_mine: bool = False) -> dict[str, Need]:
+    def _needs(self) -> dict[str, Need]:
         """The soonest need of each entry over all living ranks."""
+        needs = self._needs_of_others()
+        for key, need in self._mine.items():
+            if key not in needs or need.distance < needs[key].distance:
+                needs[key] = need
+        return needs
+
+    def _needs_of_others(self) -> dict[str, Need]:
         needs: dict[str, Need] = {}
         for path in self._leases.iterdir():
             if path == self._lease_path:
-                if but_mine:
-                    continue
-            elif not _is_locked(path):
+                continue
+            if not _is_locked(path):
                 path.unlink(missing_ok=True)
                 continue
             for key, (distance, size) in json.loads(path.read_bytes() or b"{}").items():
                 if key not in needs or distance < needs[key].distance:
                     needs[key] = Need(distance=distance, size=size)
         return needs
+
+    def _victims(self, held: dict[str, Held], *, distance: int, uses_of: UsesOf, size: int) -> list[str] | None:
+        others = self._needs_of_others() if size > 0 else {}
+        return victims(held, mine=self._mine, others=others, distance=distance, uses_of=uses_of, size=size)
 
     def _check_limit(self) -> None:
         needs = self._needs()
@@ -314,49 +303,7 @@ class Cache:
                 f"for {due:,}; set it to at least {due}, better twice that, so that shards come before they are needed"
             )
 
-    def _victims(
-        self,
-        held: Mapping[str, _Held],
-        needs: Mapping[str, Need],
-        *,
-        distance: int,
-        uses_of: UsesOf,
-        size: int,
-    ) -> list[str] | None:
-        """Entries to evict for `size` bytes, furthest next use first; None: there are not enough as yet.
-
-        Entries nobody has announced a use of come first: of datasets that no rank reads, the longest unused, then of the
-        others the latest used, because an epoch comes back to what it has just used after everything else.
-        """
-        others = self._needs(but_mine=True)
-        datasets = {key.partition("/")[0] for key in needs}
-
-        def next_use(key: str) -> float:
-            return min(uses_of(key, distance)[1], others[key].distance if key in others else math.inf)
-
-        def may_go(key: str) -> bool:
-            is_due = key in needs and not needs[key].distance
-            is_sooner = key in others and others[key].distance <= distance
-            return not (is_due or is_sooner or held[key].is_coming) and uses_of(key, distance)[0] > distance
-
-        def order(key: str) -> tuple[bool, float, bool, int]:
-            is_read = key.partition("/")[0] in datasets
-            used_at_ns = held[key].used_at_ns
-            return is_read, -next_use(key), not may_go(key), -used_at_ns if is_read else used_at_ns
-
-        victims: list[str] = []
-        for key in sorted(held, key=order) if size > 0 else ():
-            if size <= 0:
-                break
-            if may_go(key):
-                victims.append(key)
-                size -= held[key].size
-            elif distance:
-                # The best choice is still in use: what is only fetched ahead waits for it, rather than evict a worse one.
-                return None
-        return victims if size <= 0 else None
-
-    def _evict(self, key: str, entry: _Held) -> int:
+    def _evict(self, key: str, entry: Held) -> int:
         for path in sorted(entry.files, reverse=True):  # the tar before its index
             path.unlink(missing_ok=True)
         self.evicted.append(key)

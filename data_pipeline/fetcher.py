@@ -9,7 +9,6 @@ The gate stands in the main process of a rank; a few threads fetch, and the data
 finished files. An error of a thread comes out of the gate at the next list.
 """
 
-import hashlib
 import itertools
 import math
 import os
@@ -21,14 +20,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
 
-from data_pipeline.cache import Answer, Cache, CacheTooSmall, Need, Part, UsesOf
-from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.store import PATIENCE, Patience, Stopped, Store, is_url, open_store
+from data_pipeline.cache import Answer, Cache, CacheTooSmall, Part
+from data_pipeline.entries import Entries
+from data_pipeline.eviction import Need, UsesOf
+from data_pipeline.manifest import Manifest
+from data_pipeline.store import PATIENCE, Patience, Stopped
 from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
-from vitscale.base.files import sha256_file
 
 THREADS = 4
 HORIZON_LISTS = 2048
@@ -57,16 +56,6 @@ class Counts:
     """Entries this rank has evicted."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Remote:
-    """A dataset whose tars are on a store."""
-
-    manifest: Manifest
-    store: Store
-    has_remote_index: bool
-    """The records were fetched too: an index lies in the cache, beside its tar."""
-
-
 class Fetcher:
     """Fetches the shards of datasets on stores ahead of their use. For one stream; datasets on disks pass untouched.
 
@@ -88,16 +77,7 @@ class Fetcher:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.counts = Counts()
-        self._remotes = {
-            number: _Remote(
-                manifest=manifest,
-                store=open_store(manifest.tars_at, patience=patience),
-                has_remote_index=manifest.directory == cache_dir / manifest.fingerprint,
-            )
-            for number, manifest in enumerate(manifests)
-            if is_url(manifest.tars_at)
-        }
-        self._places: dict[str, tuple[_Remote, Shard]] = {}
+        self._entries = Entries(manifests, cache_dir=cache_dir, patience=patience)
         self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
         self._step_lists, self._horizon_lists = step_lists, max(horizon_lists, step_lists)
         self._patience, self._say, self._n_threads = patience, say, threads
@@ -122,8 +102,6 @@ class Fetcher:
         self._published: tuple[set[str], set[str]] = (set(), set())
         self._sizes: dict[str, int] = {}
         """As published."""
-        self._index_bytes: dict[str, int] = {}
-        self._is_second_try: set[str] = set()
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
@@ -185,20 +163,14 @@ class Fetcher:
             numbers = next(coming, None)
             if numbers is None:
                 break
-            keys = tuple(dict.fromkeys(self._key(*place) for place in shards_of(numbers) if place[0] in self._remotes))
+            found = [self._entries.key_of(*place) for place in shards_of(numbers)]
+            keys = tuple(dict.fromkeys(key for key in found if key is not None))
             with self._state:
                 for key in keys:
                     self._uses.setdefault(key, []).append(self._read)
                 self._ahead.append((numbers, keys))
                 self._read += 1
         return self._read > begun
-
-    def _key(self, source: int, shard: int) -> str:
-        remote = self._remotes[source]
-        record = remote.manifest.shards[shard]
-        key = f"{remote.manifest.fingerprint}/{record.name}"
-        self._places[key] = (remote, record)
-        return key
 
     def _wait_for_next(self, coming: Iterator[list[int]], shards_of: ShardsOf) -> bool:
         """False: the gate was closed meanwhile."""
@@ -226,7 +198,7 @@ class Fetcher:
             if self._say is not None and waited_s > LONG_WAIT_S:
                 self._say(
                     f"micro-batch {self._passed} of this rank waited {waited_s:.1f} s for its shards "
-                    f"({self.counts.fetched_bytes / 1e9:.2f} GB fetched, {self.counts.evicted} shards evicted so far)"
+                    f"({self._entries.fetched_bytes / 1e9:.2f} GB fetched, {self.counts.evicted} shards evicted so far)"
                 )
         return True
 
@@ -244,6 +216,7 @@ class Fetcher:
         for key in released:
             self._cache.touch(key)
         self.counts.lists += 1
+        self.counts.fetched_bytes = self._entries.fetched_bytes
         return numbers
 
     def _publish(self) -> None:
@@ -258,12 +231,12 @@ class Fetcher:
         try:
             there = self._publish_needs(distances)
         except CacheTooSmall:
-            unknown = [key for key in due if self._is_guessed(key)]
+            unknown = [key for key in due if self._entries.is_guessed(key)]
             if not unknown:
                 raise
             try:
                 for key in unknown:  # a guess is no reason to refuse
-                    self._index_bytes[key] = self._remote_index_bytes(key)
+                    self._entries.sizes(key)
             except EnvironmentFault as error:
                 raise HostFault(str(error)) from None
             there = self._publish_needs(distances)
@@ -273,26 +246,12 @@ class Fetcher:
             self._state.notify_all()
 
     def _publish_needs(self, distances: dict[str, int]) -> set[str]:
-        needs = {key: Need(distance=distance, size=self._size(key)) for key, distance in distances.items()}
+        needs = {key: Need(distance=distance, size=self._entries.size(key)) for key, distance in distances.items()}
         self._sizes = {key: need.size for key, need in needs.items()}
         return self._cache.publish(needs, uses_of=partial(self._uses_of, self._passed))
 
-    def _is_guessed(self, key: str) -> bool:
-        return self._places[key][0].has_remote_index and key not in self._index_bytes
-
-    def _remote_index_bytes(self, key: str) -> int:
-        remote, shard = self._places[key]
-        return remote.store.size(f"{shard.name}.parquet")
-
     def _distance(self, key: str, due: set[str]) -> int:
         return 0 if key in due else max(1, self._uses[key][0] - self._passed)
-
-    def _size(self, key: str) -> int:
-        remote, shard = self._places[key]
-        if not remote.has_remote_index:
-            return shard.tar_bytes
-        # Until the store has said: a guess from above, 128 bytes a row.
-        return shard.tar_bytes + self._index_bytes.get(key, 128 * shard.images + 32_768)
 
     # ---- the threads --------------------------------------------------------------------------------------------
 
@@ -342,7 +301,7 @@ class Fetcher:
         if answer == "full" and distance:
             self._paused = (self._passed, now_s + 0.5)  # what is needed later would find no room either
         if answer == "busy":
-            limit_s = self._patience.deadline_s + self._size(key) / self._patience.slow_bytes_per_s
+            limit_s = self._patience.deadline_s + self._entries.size(key) / self._patience.slow_bytes_per_s
             if now_s - self._busy_since_s.setdefault(key, now_s) > limit_s:
                 raise TransientFault(
                     f"another rank of this node fetches {self._cache.tar(key)} for more than {limit_s:.0f} s; start again"
@@ -360,80 +319,34 @@ class Fetcher:
 
     def _provide(self, key: str, distance: int, uses_of: UsesOf) -> Answer:
         """See that an entry is there and verified, fetching it if need be."""
-        remote, shard = self._places[key]
         if self._cache.tar(key).exists():
             return self._verified(key)
-        tar_path = f"{shard.name}.tar"
-        size = remote.store.size(tar_path)
-        if size != shard.tar_bytes:
-            raise HostFault(
-                f"{remote.store.url_of(tar_path)} has {size} bytes, but the manifest says {shard.tar_bytes}; "
-                "upload the dataset again, or index it again"
-            )
-        if remote.has_remote_index:
-            self._index_bytes[key] = self._remote_index_bytes(key)
-        index_bytes = self._index_bytes.get(key)
+        tar_bytes, index_bytes = self._entries.sizes(key)
         try:
-            answer = self._cache.begin(
-                key, tar_bytes=shard.tar_bytes, index_bytes=index_bytes, distance=distance, uses_of=uses_of
-            )
+            answer = self._cache.begin(key, tar_bytes=tar_bytes, index_bytes=index_bytes, distance=distance, uses_of=uses_of)
         except CacheTooSmall:
             with self._state:
-                if all(self._sizes.get(due) == self._size(due) and not self._is_guessed(due) for due in self._due):
+                if all(self._sizes.get(k) == self._entries.size(k) and not self._entries.is_guessed(k) for k in self._due):
                     raise
-                self._published = (set(), set())  # with the sizes that are known by now
+                self._published = (set(), set())  # to be said again, with the sizes that are known by now
             return "full"
         if not isinstance(answer, Part):
             return self._verified(key) if answer == "whole" else answer
-        is_kept = False
-        try:
-            self._fetch(answer.tar, remote, tar_path, sha256=shard.tar_sha256)
-            if answer.index is not None:
-                self._fetch(answer.index, remote, f"{shard.name}.parquet", sha256=shard.index_sha256)
-            answer.keep()
-            is_kept = True
-        except _WrongHash as error:
-            if key in self._is_second_try:
-                raise HostFault(
-                    f"{error.url} does not have the sha256 that the manifest holds, twice in a row; upload it again"
-                ) from None
-            self._is_second_try.add(key)
+        if not self._entries.fetch(key, answer, stop=self._stop):
             return "busy"
-        finally:
-            if not is_kept:
-                answer.drop()
-        self._is_second_try.discard(key)
         self.counts.fetched += 1
         return "whole"
 
-    def _fetch(self, file: FileIO, remote: _Remote, path: str, *, sha256: str) -> None:
-        digest = hashlib.sha256()
-        for chunk in remote.store.chunks(path, stop=self._stop):
-            written = 0
-            while written < len(chunk):
-                written += file.write(memoryview(chunk)[written:])
-            digest.update(chunk)
-            self.counts.fetched_bytes += len(chunk)
-        if digest.hexdigest() != sha256:
-            raise _WrongHash(remote.store.url_of(path))
-
     def _verified(self, key: str) -> Answer:
-        """What an earlier run has left is read once before it is trusted; whoever fetched later has verified it."""
-        remote, shard = self._places[key]
-        files = [(self._cache.tar(key), shard.tar_sha256)]
-        if remote.has_remote_index:
-            files.append((self._cache.index(key), shard.index_sha256))
+        """What an earlier run has left is read once before it is trusted."""
         try:
-            is_good = all(
-                path.stat().st_mtime > self._started_at_s or sha256_file(path) == expected for path, expected in files
-            )
+            is_good = self._entries.is_good(key, self._cache, since_s=self._started_at_s)
         except FileNotFoundError:
-            is_good = not self._cache.tar(key).exists()  # evicted meanwhile; a tar without its index is no entry
-            return "busy" if is_good else self._discarded(key)
-        return "whole" if is_good else self._discarded(key)
-
-    def _discarded(self, key: str) -> Answer:
-        self._cache.discard(key)
+            is_good = False
+        if is_good:
+            return "whole"
+        if self._cache.tar(key).exists():  # else it was evicted meanwhile
+            self._cache.discard(key)
         return "busy"
 
     def _uses_of(self, passed: int, key: str, distance: int) -> tuple[float, float]:
@@ -443,11 +356,3 @@ class Fetcher:
             later = bisect_left(uses, passed + distance)
             soonest = uses[0] - passed if uses else math.inf
             return soonest, uses[later] - passed if later < len(uses) else math.inf
-
-
-class _WrongHash(Exception):
-    """What came is not what the manifest describes."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.url = url
