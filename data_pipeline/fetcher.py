@@ -3,7 +3,7 @@
 list      the positions of one micro-batch
 entry     a shard in the cache (cache.py), named by its key
 horizon   lists that are read ahead of the one that passes next: cheap integers, and they say which entries are needed when
-due       entries of the lists that may be in work (`outstanding`) and of the next `step_lists` lists
+due       entries of the lists that may be in work and of those of the next step, as many lists at the start as later
 
 The gate stands in the main process of a rank; a few threads fetch, and the data workers, which are forked, only ever see
 finished files. An error of a thread comes out of the gate at the next list.
@@ -79,7 +79,8 @@ class Fetcher:
         self.counts = Counts()
         self._entries = Entries(manifests, cache_dir=cache_dir, patience=patience)
         self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
-        self._step_lists, self._horizon_lists = step_lists, max(horizon_lists, step_lists)
+        self._due_lists = outstanding - 1 + step_lists
+        self._horizon_lists = max(horizon_lists, self._due_lists)
         self._patience, self._say, self._n_threads = patience, say, threads
 
         self._state = threading.Condition()
@@ -155,9 +156,9 @@ class Fetcher:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     def _read_ahead(self, coming: Iterator[list[int]], shards_of: ShardsOf, count: int) -> bool:
-        """Read up to `count` lists more, and at least those of a step; False: there is nothing to read."""
+        """Read up to `count` lists more, and at least those that are due; False: there is nothing to read."""
         begun = self._read
-        while self._read - begun < count or len(self._ahead) < self._step_lists:
+        while self._read - begun < count or len(self._ahead) < self._due_lists:
             if len(self._ahead) >= self._horizon_lists:
                 break
             numbers = next(coming, None)
@@ -222,7 +223,7 @@ class Fetcher:
     def _publish(self) -> None:
         """Tell the other ranks when what is due or known to be needed has changed."""
         with self._state:
-            coming = [keys for _, keys in itertools.islice(self._ahead, self._step_lists)]
+            coming = [keys for _, keys in itertools.islice(self._ahead, self._due_lists - len(self._recent))]
             due = {key for keys in (*self._recent, *coming) for key in keys}
             current = (due, due | self._uses.keys())
             if current == self._published:
