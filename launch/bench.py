@@ -14,7 +14,8 @@ from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json
 
 EPILOG = """\
-loader    images per second of our stream, of the loaders of others (--peers timm,webdataset) and of decoding alone, at
+loader    images per second of our stream, of the loaders of others (--peers timm,webdataset; timm-float,webdataset-float
+          with normalisation as documented) and of decoding alone, at
           equal worker processes, crop, flip and antialiasing, taking turns; then the time of one image in one thread
 
 example
@@ -98,7 +99,7 @@ def loader_table(results: dict[str, Result], *, peers: list[str], workers: int) 
         lines.append(f"{result.what:<34}" + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     lines.append(
         f"ours is {ours.median / results[CEILING].median:.0%} of the ceiling by wall clock, "
-        f"{results[CEILING].cpu_us / ours.cpu_us:.0%} by CPU time; all deliver uint8 batches"
+        f"{results[CEILING].cpu_us / ours.cpu_us:.0%} by CPU time; batches of uint8, of floats where the name says so"
         + ("; bicubic, antialiased, crop and flip alike" if peers else "")
     )
     return "\n".join(lines)

@@ -90,7 +90,7 @@ def measure_loaders(
                 for _ in range(drained):
                     images = next(batches)
                     assert name == CEILING or (
-                        tuple(images.shape) in shape and images.dtype == torch.uint8 and images[-1].any()
+                        tuple(images.shape) in shape and images.dtype in (torch.uint8, torch.float32) and images[-1].any()
                     )
                 per_s, cpu_us, count = _turn(batches, batch=batch, seconds=seconds)
                 old = results[name]

@@ -1,12 +1,16 @@
-"""Loaders of others over the same shards, each as its documentation sets it up: uint8 batches out, as ours.
+"""Loaders of others over the same shards, each as its documentation sets it up.
 
 Equal terms: random resized crop of the same size and areas, bicubic with antialiasing, flip 0.5, the same number of
-worker processes, which stay alive; collation in the workers where the library offers it; nothing pinned. Neither
-normalises: timm's loader is taken before its prefetcher, and torchvision's transform ends with PILToTensor, which saves
-both of them the conversion to floats.
+worker processes, which stay alive; collation in the workers where the library offers it; nothing pinned.
+
+timm, webdataset          uint8 out, as ours: timm's loader is taken before its prefetcher, and torchvision's transform ends
+                          with PILToTensor. That saves both the conversion to floats, which their documentation has.
+timm-float,               as documented, normalised floats out: timm's prefetcher converts in the main process,
+webdataset-float          torchvision's ToTensor and Normalize in the workers. Ours leaves that to the device.
 """
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +23,9 @@ _SHUFFLED = 1000
 """Samples in the shuffle buffers: small, so that filling them costs no loader its start."""
 
 
-def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int) -> Generator[Any]:
+def timm_batches(
+    manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int, is_float: bool = False
+) -> Generator[Any]:
     """timm's reader for WebDataset shards, its transform and its collation. Raises EnvironmentFault where it is missing."""
     mend_torchvision()
     try:
@@ -44,12 +50,12 @@ def timm_batches(manifest: Manifest, *, augment: AugmentConfig, image_size: int,
         persistent_workers=True,
     )
     while True:
-        for images_BCHW, _ in loader.loader:
+        for images_BCHW, _ in loader if is_float else loader.loader:
             yield images_BCHW
 
 
 def webdataset_batches(
-    manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int
+    manifest: Manifest, *, augment: AugmentConfig, image_size: int, batch: int, workers: int, is_float: bool = False
 ) -> Generator[Any]:
     """webdataset's pipeline with torchvision's transforms. Raises EnvironmentFault where one is missing."""
     mend_torchvision()
@@ -67,7 +73,11 @@ def webdataset_batches(
                 interpolation=transforms.InterpolationMode.BICUBIC,
             ),
             transforms.RandomHorizontalFlip(augment.flip),
-            transforms.PILToTensor(),
+            *(
+                [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
+                if is_float
+                else [transforms.PILToTensor()]
+            ),
         ]
     )
     urls = [f"{manifest.tars_at}/{shard.name}.tar" for shard in manifest.shards]
@@ -103,5 +113,10 @@ def _missing(name: str, error: ImportError) -> EnvironmentFault:
     return EnvironmentFault(f"--peers {name} cannot be imported ({error}); install it with `pip install -e '.[peers]'`")
 
 
-PEERS = {"timm": timm_batches, "webdataset": webdataset_batches}
+PEERS = {
+    "timm": timm_batches,
+    "timm-float": partial(timm_batches, is_float=True),
+    "webdataset": webdataset_batches,
+    "webdataset-float": partial(webdataset_batches, is_float=True),
+}
 """Loaders by the name of `--peers`."""
