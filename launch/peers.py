@@ -113,7 +113,7 @@ def _missing(name: str, error: ImportError) -> EnvironmentFault:
     return EnvironmentFault(f"--peers {name} cannot be imported ({error}); install it with `pip install -e '.[peers]'`")
 
 
-PEERS = {
+PEERS: dict[str, Any] = {
     "timm": timm_batches,
     "timm-float": partial(timm_batches, is_float=True),
     "webdataset": webdataset_batches,

@@ -73,7 +73,7 @@ def test_peers_see_the_same_shards(dataset, tmp_path):
 
 def test_wrong_words_are_one_sentence(dataset, tmp_path):
     text = bench(dataset, "--peers", "ffcv", said=tmp_path / "a", code=2)
-    assert text == "error: --peers: expected some of timm, webdataset, got 'ffcv'\n"
+    assert text == "error: --peers: expected some of timm, timm-float, webdataset, webdataset-float, got 'ffcv'\n"
     text = bench(dataset, "--workers", "0", said=tmp_path / "b", code=2)
     assert text == "error: --workers: expected at least 1, got 0\n"
 
