@@ -6,7 +6,6 @@ files and location.json, which names the store: both places are the dataset.
 
 import functools
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, TIMM_INFO
 from data_pipeline.options import refuse_other_options
 from data_pipeline.store import Store, open_store
 from vitscale.base.errors import EnvironmentFault
-from vitscale.base.files import fsync_path, publish, sha256_file, write_bytes, write_json
+from vitscale.base.files import fsync_path, publish, sha256_file, temporary_beside, write_bytes, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +43,15 @@ class Destination:
 
     def copy(self, file: Path, name: str) -> None:
         """The same for a file that stays where it is."""
-        temporary = self.directory / f".{name}.tmp-{os.getpid()}"
-        shutil.copyfile(file, temporary)
-        fsync_path(temporary)
-        self.take(temporary, name)
+        with temporary_beside(self.directory / name) as temporary:
+            shutil.copyfile(file, temporary)
+            fsync_path(temporary)
+            self.take(temporary, name)
 
     def write_json(self, name: str, record: Any) -> None:
-        temporary = self.directory / f".{name}.tmp-{os.getpid()}-json"
-        write_json(temporary, record)
-        self.take(temporary, name)
+        with temporary_beside(self.directory / name) as temporary:
+            write_json(temporary, record)
+            self.take(temporary, name)
 
     def take_over(self, wanted_options: dict[str, Any]) -> bool:
         """Bring all but the tars of a dataset that is complete on the store here, the manifest last.

@@ -37,7 +37,7 @@ from data_pipeline.plan import (
 )
 from data_pipeline.scan import Scan, scan_path
 from vitscale.base.errors import BadDataError, UsageError
-from vitscale.base.files import fsync_path, publish, read_json, write_json
+from vitscale.base.files import fsync_path, publish, read_json, temporary_beside, write_json
 
 PLAN = "plan.json"
 PLACE = np.dtype(
@@ -150,18 +150,18 @@ def _hash(config: BuildConfig, inputs: Listing, scan: Scan, rows: np.ndarray, *,
 
 
 def _write_places(path: Path, scan: Scan, rows: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        for part in in_parts(len(rows)):
-            these = rows[part]
-            places = np.empty(len(these), PLACE)
-            places["row"], places["piece"], places["offset"] = these, scan.pieces[these], scan.offsets[these]
-            places["source_xxh3"], places["image_xxh3"] = scan.hashes[these], scan.image_hashes[these]
-            places["size"] = scan.sizes[these]
-            places.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    with temporary_beside(path) as temporary:
+        with open(temporary, "wb") as file:
+            for part in in_parts(len(rows)):
+                these = rows[part]
+                places = np.empty(len(these), PLACE)
+                places["row"], places["piece"], places["offset"] = these, scan.pieces[these], scan.offsets[these]
+                places["source_xxh3"], places["image_xxh3"] = scan.hashes[these], scan.image_hashes[these]
+                places["size"] = scan.sizes[these]
+                places.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
 
 
 def _write_rejects(inputs: Listing, scan: Scan, excluded: Excluded, rows: np.ndarray, work: Path, split: str) -> dict[str, int]:
@@ -173,11 +173,10 @@ def _write_rejects(inputs: Listing, scan: Scan, excluded: Excluded, rows: np.nda
             counts.update(part["reason"])
             yield part
 
-    path = rejects_path(work, split)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    append_tables(temporary, counted(), schema=REJECTS_SCHEMA)
-    fsync_path(temporary)
-    publish(temporary, path)
+    with temporary_beside(rejects_path(work, split)) as temporary:
+        append_tables(temporary, counted(), schema=REJECTS_SCHEMA)
+        fsync_path(temporary)
+        publish(temporary, rejects_path(work, split))
     return dict(sorted(counts.items()))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.store import Store, is_url, open_store
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.base.files import write_bytes
+from vitscale.base.files import temporary_beside, write_bytes
 
 MOST_TARS = 10_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -112,14 +112,11 @@ def local_copy(at: str, name: str, *, scratch: Path) -> Iterator[Path]:
     if not is_url(at):
         yield Path(at) / f"{name}.tar"
         return
-    copy = scratch / f"{name}.tar.tmp-{os.getpid()}"
-    try:
+    with temporary_beside(scratch / f"{name}.tar") as copy:
         with open(copy, "wb") as file:
             for piece in _store(at).chunks(f"{name}.tar"):
                 file.write(piece)
         yield copy
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def pieces_of(at: str, name: str) -> ReadAt:

@@ -22,7 +22,7 @@ from typing import Any
 
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault, TransientFault
-from vitscale.base.files import read_json
+from vitscale.base.files import read_json, temporary_beside
 
 START = "start.json"
 BEAT_S = 1.0
@@ -185,13 +185,13 @@ class Team:
     def _beat(self, about: Any, is_open: threading.Event, is_ended: threading.Event) -> None:
         """Write a growing number. Not flushed to the device: it is for those who look now."""
         beat = 0
-        temporary = self._work / f"{START}.tmp-{os.getpid()}"
-        while not is_ended.is_set():
-            said = {"token": self._token, "about": about, "is_open": is_open.is_set(), "beat": beat}
-            try:
-                temporary.write_text(json.dumps(said))
-                os.replace(temporary, self._work / START)
-            except FileNotFoundError:
-                return  # another rank has completed the build
-            beat += 1
-            (is_ended if is_open.is_set() else is_open).wait(BEAT_S)
+        with temporary_beside(self._work / START) as temporary:
+            while not is_ended.is_set():
+                said = {"token": self._token, "about": about, "is_open": is_open.is_set(), "beat": beat}
+                try:
+                    temporary.write_text(json.dumps(said))
+                    os.replace(temporary, self._work / START)
+                except FileNotFoundError:
+                    return  # another rank has completed the build
+                beat += 1
+                (is_ended if is_open.is_set() else is_open).wait(BEAT_S)

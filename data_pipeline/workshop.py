@@ -11,6 +11,7 @@ DIR/.build/train-*.json    records of finished shards (write.py)
 
 import contextlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def finished_datasets(config: BuildConfig, out: Path) -> tuple[Manifest, ...] | 
     if (out / WORK / BUILD).exists():
         stored = read_json(out / WORK / BUILD)["options"]
         refuse_other_options(options_of(config), stored, f"{out} holds an unfinished build begun")
-    elif out.exists() and any(entry.name != WORK for entry in out.iterdir()):
+    elif out.exists() and any(not entry.name.startswith(WORK) for entry in out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no dataset of ours; choose another --out or empty it")
     return None
 
@@ -82,11 +83,11 @@ def forget_files(out: Path) -> None:
         name = ALL if directory == out else directory.name
         for pattern in (f"{name}-[0-9]*.tar", f"{name}-[0-9]*.parquet", REJECTS, TIMM_INFO, LOCATION, ".*.tmp-*"):
             for path in directory.glob(pattern):
-                path.unlink()
+                _remove(path)
         if directory != out and directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
     for entry in (out / WORK).iterdir():
-        if entry.name != "lock" and not entry.name.startswith(START):
+        if entry.name != "lock" and START not in entry.name:
             _remove(entry)
 
 
@@ -96,11 +97,12 @@ def begin_or_continue(config: BuildConfig, out: Path, inputs: Listing) -> None:
     The caller is alone in the directory: what earlier starts left half-written is removed.
     """
     work = out / WORK
+    _sweep(out)
     for split in split_names(config):
         for leftover in dataset_directory(config, out, split).glob(".*.tmp-*"):
-            leftover.unlink()
-    for leftover in (*work.glob("*.tmp-*"), *work.glob(".*.tmp-*"), *work.glob("claims-*")):
-        if not leftover.name.startswith(START):
+            _remove(leftover)
+    for leftover in (*work.glob(".*.tmp-*"), *work.glob("claims-*")):
+        if START not in leftover.name:
             _remove(leftover)
     begun = {"options": options_of(config), "inputs": len(inputs), "inputs_sha256": inputs.sha256}
     if not (work / BUILD).exists():
@@ -124,25 +126,30 @@ def withdraw(out: Path, *, is_mine: bool) -> None:
 
 def clear(out: Path) -> None:
     """Remove the workshop of a complete build, under the eyes of ranks that may still look at it."""
-    gone = out / f"{WORK}-done-{os.getpid()}"
+    gone = out / f"{WORK}-done-{secrets.token_hex(6)}"
     os.replace(out / WORK, gone)  # at once: a rank sees all of it or nothing
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def tidy(out: Path) -> None:
     """Remove what a build that was killed in its last instant left beside its manifest, unless somebody is at work."""
-    for gone in out.glob(f"{WORK}-done-*"):
-        shutil.rmtree(gone, ignore_errors=True)
+    _sweep(out)
     if (out / WORK).exists():
         with contextlib.suppress(EnvironmentFault), Team().leading(out / WORK, None):
             shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove workshops that a kill left half removed."""
+    for gone in out.glob(f"{WORK}-done-*"):
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def holds_build(out: Path) -> bool:

@@ -24,7 +24,7 @@ from data_pipeline.scan import spill_path
 from data_pipeline.source import Source, Wanted
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.faults import fault_point
-from vitscale.base.files import read_json, sha256_file, write_json, xxh3_64
+from vitscale.base.files import read_json, sha256_file, temporary_beside, write_json, xxh3_64
 
 TAR_HEADER_BYTES = tarfile.BLOCKSIZE
 
@@ -71,26 +71,33 @@ def write_shard(output: Output, task: ShardTask) -> Written:
     """Write, prove and publish tar and index of one shard; a finished one is kept."""
     if _is_finished(output.work, task):
         return Written(name=task.name, images=len(task.wanted), image_bytes=0)
-    temporary = output.work / f"{task.name}.tar.tmp-{os.getpid()}"
+    with (
+        temporary_beside(output.work / f"{task.name}.tar") as tar,
+        temporary_beside(output.work / f"{task.name}.parquet") as index,
+    ):
+        return _write_shard(output, task, tar, index)
+
+
+def _write_shard(output: Output, task: ShardTask, tar: Path, index: Path) -> Written:
+    """The same under the given temporary names."""
     rows: list[dict[str, Any]] = []
-    with open(temporary, "wb", buffering=1 << 20) as file:
+    with open(tar, "wb", buffering=1 << 20) as file:
         writer = _tar_writer(file)
         for slot, content in enumerate(_contents(output, task)):
             rows.append(_write_sample(writer, task, slot, content))
         writer.close()
         file.flush()
         os.fsync(file.fileno())
-    _prove(temporary, rows)
-    index = output.work / f"{task.name}.parquet.tmp-{os.getpid()}"
+    _prove(tar, rows)
     write_table(index, {name: [row[name] for row in rows] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
     shard = Shard(
         name=task.name,
         images=len(rows),
-        tar_bytes=temporary.stat().st_size,
-        tar_sha256=sha256_file(temporary),
+        tar_bytes=tar.stat().st_size,
+        tar_sha256=sha256_file(tar),
         index_sha256=sha256_file(index),
     )
-    task.destination.take_tar(temporary, f"{task.name}.tar")
+    task.destination.take_tar(tar, f"{task.name}.tar")
     task.destination.take(index, f"{task.name}.parquet")
     write_json(record_path(output.work, task.name), vars(shard))
     fault_point("build.shard", shard=task.number)

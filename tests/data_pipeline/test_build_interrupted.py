@@ -142,8 +142,11 @@ def test_damaged_and_half_written_files_of_a_killed_build_are_replaced(
     tar.write_bytes(tar.read_bytes()[:-512] + b"x" * 512)
     (tmp_path / "train-000002.parquet").unlink()
     (tmp_path / ".train-000004.parquet.tmp-77").write_bytes(b"half")
-    (tmp_path / ".build" / "train-000004.tar.tmp").write_bytes(b"half")
+    for name in (".train-000004.tar.tmp-1a", "..train-000004.parquet.tmp-1a.tmp-2b", ".spill-000000.tmp-3c"):
+        (tmp_path / ".build" / name).write_bytes(b"half")
+    (tmp_path / ".build-done-4d").mkdir()
     build(tmp_path)
+    assert not (tmp_path / ".build-done-4d").exists()
     assert files_of(tmp_path) == whole
 
 

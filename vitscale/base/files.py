@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,27 @@ def publish(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` that no other writer has; what is still there at the end is deleted.
+
+    Drawn at random: the number of a process is that of another one on the next machine, or after a kill.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either absent, the old one, or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    with temporary_beside(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -13,7 +13,6 @@ PATH.safetensors
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.base.files import fsync_path, publish, xxh3_64
+from vitscale.base.files import fsync_path, publish, temporary_beside, xxh3_64
 from vitscale.config import ModelConfig, model_from_record
 from vitscale.model.flops import parameter_shapes
 from vitscale.model.position import resize_positions
@@ -63,16 +62,14 @@ def save_weights(path: Path, weights: Weights) -> None:
     description = {"model": dataclasses.asdict(weights.model), "meta": weights.meta}
     hashes = {"description": _hash_of_description(description)} | {name: _hash_of(tensor) for name, tensor in tensors.items()}
     record = {"schema_version": SCHEMA_VERSION, **description, "xxh3": hashes}
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
-        fsync_path(temporary)
-        publish(temporary, path)
+        with temporary_beside(path) as temporary:
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(record, sort_keys=True)})
+            fsync_path(temporary)
+            publish(temporary, path)
     except (OSError, SafetensorError) as error:
         raise EnvironmentFault(f"the weights cannot be written to {path} ({error}); give a place with room") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(path: Path) -> Weights:

@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and equal records give equal bytes."""
 
 import os
+import secrets
 
 import pytest
 import xxhash
@@ -15,8 +16,9 @@ def test_a_file_is_renamed_into_place_after_its_bytes_are_flushed(tmp_path, monk
     monkeypatch.setattr(os, "fsync", lambda fd: (acts.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), real_fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (acts.append(("rename", str(b))), real_replace(a, b)))
     path = tmp_path / "record.json"
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "ab" * count)
     files.write_bytes(path, b"content")
-    temporary = str(tmp_path / f".record.json.tmp-{os.getpid()}")
+    temporary = str(tmp_path / ".record.json.tmp-abababababab")
     assert acts == [("fsync", temporary), ("rename", str(path)), ("fsync", str(tmp_path))]
     assert path.read_bytes() == b"content"
     assert os.listdir(tmp_path) == ["record.json"]
@@ -33,6 +35,17 @@ def test_a_write_that_dies_before_the_rename_leaves_the_old_file(tmp_path, monke
     with pytest.raises(OSError, match="no space"):
         files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["record.json"], "what was half written is gone"
+
+
+def test_no_two_writers_share_a_temporary_name(tmp_path):
+    # The number of a process would not do: machines and containers that share a directory have the same ones.
+    path = tmp_path / "record.json"
+    with files.temporary_beside(path) as one, files.temporary_beside(path) as other:
+        assert one != other
+        assert {one.parent, other.parent} == {tmp_path}
+        one.write_bytes(b"half")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_is_published_by_one_rename(tmp_path):
