@@ -169,7 +169,7 @@ class _Build:
                 f"expected at most {MOST_INPUTS:,} inputs, {config.source} lists {len(inputs):,}; split the source"
             )
         for flag, value in (("--per-class", config.per_class), ("--labels", config.labels), ("--classes", config.classes)):
-            if value is not None and not inputs.classes:
+            if value is not None and not (inputs.classes and inputs.most_labels):
                 raise UsageError(f"{flag} needs classes, and {config.source} has no labels; drop {flag}")
         if config.labels is not None:
             classes, number_of = mapped_classes(inputs.classes, read_label_map(Path(config.labels)))

@@ -211,7 +211,8 @@ class BuildConfig:
     exclude: tuple[str, ...] = ()
     """Directories of datasets whose images are rejected."""
     on_bad: Literal["skip", "stop"] = "skip"
-    """A bad image goes to rejects.parquet (skip), or ends the build with exit 78 (stop)."""
+    """What cannot be used goes to rejects.parquet (skip), or ends the build with exit 78 (stop); files that are no images
+    by name go there either way."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are rejected before they are decoded."""
     max_bytes: int = 64_000_000

@@ -30,13 +30,15 @@ def in_parts(rows: int) -> Iterator[slice]:
 def candidates(labels: np.ndarray, status: np.ndarray, per_class: int | None) -> np.ndarray:
     """Rows to read next, ascending; empty when the selection is complete.
 
-    With `per_class` these are, for each class, as many of its lowest unread rows as it lacks good ones. Repeated until
-    empty, this reads exactly the rows up to the last one kept, whatever is bad among them, and no row more.
+    With `per_class` these are, for each class, as many of its lowest unread rows as it lacks good ones; rows without a
+    label are of no class. Repeated until empty, this reads exactly the rows up to the last one kept, whatever is bad among
+    them, and no row more.
     """
     unread = np.flatnonzero(status == UNREAD)
     if per_class is None:
         return unread
     lacking = per_class - np.bincount(labels[status == GOOD] + 1, minlength=int(labels.max(initial=-1)) + 2)
+    lacking[0] = 0
     by_class = unread[np.argsort(labels[unread], kind="stable")]
     sorted_labels = labels[by_class]
     rank_in_class = np.arange(len(by_class)) - np.searchsorted(sorted_labels, sorted_labels, side="left")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,16 +24,17 @@ from data_pipeline.manifest import read_table, write_table
 from data_pipeline.plan import BAD, DUPLICATE, EXCLUDED, GOOD, UNREAD, candidates, duplicates, in_parts
 from data_pipeline.processes import run_tasks
 from data_pipeline.resize import Shrink
-from data_pipeline.source import Source, Unusable, Wanted
+from data_pipeline.source import NOT_AN_IMAGE, Source, Unusable, Wanted
 from data_pipeline.team import Team
 from vitscale.base.errors import BadDataError
 from vitscale.base.faults import fault_point
-from vitscale.base.files import publish, xxh3_64
+from vitscale.base.files import publish, temporary_beside, xxh3_64
 from vitscale.base.progress import ImageBar
 
 # A piece is short enough to share among workers and to lose in a kill, and long enough for few files. It follows from
 # the number of inputs alone: another number of workers must find the pieces of the killed build.
 LEAST_PIECE, MOST_PIECE, PIECES = 64, 4096, 64
+NO_LABEL = Unusable(reason="no-label", detail="others of the source have one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class Piece:
 
     piece: int
     wanted: Wanted
+    is_unlabelled: np.ndarray
+    """bool of each input: it has no label, and others of the source have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,9 @@ def scan_inputs(setup: ScanSetup, inputs: Listing, excluded: Excluded, *, team: 
             ) -> Iterator[Piece]:
                 for number in todo:
                     if team.claim(scan_path(setup.directory, number).stem):
-                        yield Piece(piece=number, wanted=inputs.wanted(runs[number - first]))
+                        rows = runs[number - first]
+                        is_unlabelled = (inputs.labels[rows] < 0) & (inputs.most_labels > 0)
+                        yield Piece(piece=number, wanted=inputs.wanted(rows), is_unlabelled=is_unlabelled)
                     else:
                         bar.add(len(runs[number - first]))
 
@@ -140,41 +146,52 @@ def scan_inputs(setup: ScanSetup, inputs: Listing, excluded: Excluded, *, team: 
 
 def scan_piece(setup: ScanSetup, piece: Piece) -> tuple[int, int]:
     """Read, decode and hash the inputs of a piece, then publish its files. Returns how many inputs and bytes it had."""
-    rows: list[ScannedInput] = []
-    spill_temporary = setup.directory / f"spill-{piece.piece:06d}.tmp-{os.getpid()}"
-    with open(spill_temporary, "wb", buffering=1 << 20) as spill:
-        contents = setup.source.read(piece.wanted, max_bytes=setup.config.max_bytes)
-        for name, content in zip(piece.wanted.names, contents, strict=True):
-            if isinstance(content, Unusable):
-                rows.append(ScannedInput(reason=content.reason, detail=content.detail))
-                continue
-            known = ScannedInput(source_size=len(content), source_xxh3=xxh3_64(content))
-            try:
-                stored = _to_store(setup, content)
-            except BadImage as bad:
-                if setup.config.on_bad == "stop":
-                    raise BadDataError(
-                        f"{name} is a bad image ({bad.reason}: {bad.detail}) and --on-bad is stop; "
-                        "repair it, or let the build reject it with --on-bad skip"
-                    ) from None
-                rows.append(_with(known, reason=bad.reason, detail=bad.detail))
-                continue
-            is_spilled = stored is not content or not setup.source.is_random_access
-            offset = spill.tell() if is_spilled else -1
-            image_hash = known.source_xxh3 if stored is content else xxh3_64(stored)
-            rows.append(_with(known, size=len(stored), image_xxh3=image_hash, offset=offset))
-            if is_spilled:
-                spill.write(stored)
-        is_needed = spill.tell() > 0
-        spill.flush()
-        os.fsync(spill.fileno())
-    if is_needed:
-        publish(spill_temporary, spill_path(setup.directory, piece.piece))
-    else:
-        spill_temporary.unlink()
+    spill_at = spill_path(setup.directory, piece.piece)
+    with temporary_beside(spill_at) as temporary:
+        with open(temporary, "wb", buffering=1 << 20) as spill:
+            rows = list(_scanned(setup, piece, spill))
+            is_needed = spill.tell() > 0
+            spill.flush()
+            os.fsync(spill.fileno())
+        if is_needed:
+            publish(temporary, spill_at)
     _write_rows(scan_path(setup.directory, piece.piece), piece.wanted.numbers, rows)
     fault_point("build.piece", piece=piece.piece)
     return len(rows), sum(row.source_size for row in rows)
+
+
+def _scanned(setup: ScanSetup, piece: Piece, spill: BinaryIO) -> Iterator[ScannedInput]:
+    """What is known of each input of a piece; bytes that no source gives cheaply again go to `spill`."""
+    contents = setup.source.read(piece.wanted, max_bytes=setup.config.max_bytes)
+    for name, content, is_unlabelled in zip(piece.wanted.names, contents, piece.is_unlabelled.tolist(), strict=True):
+        if isinstance(content, Unusable):
+            yield _rejected(setup, name, ScannedInput(), content)
+            continue
+        known = ScannedInput(source_size=len(content), source_xxh3=xxh3_64(content))
+        if is_unlabelled:
+            yield _rejected(setup, name, known, NO_LABEL)
+            continue
+        try:
+            stored = _to_store(setup, content)
+        except BadImage as bad:
+            yield _rejected(setup, name, known, Unusable(reason=bad.reason, detail=bad.detail))
+            continue
+        is_spilled = stored is not content or not setup.source.is_random_access
+        offset = spill.tell() if is_spilled else -1
+        image_hash = known.source_xxh3 if stored is content else xxh3_64(stored)
+        yield _with(known, size=len(stored), image_xxh3=image_hash, offset=offset)
+        if is_spilled:
+            spill.write(stored)
+
+
+def _rejected(setup: ScanSetup, name: str, known: ScannedInput, why: Unusable) -> ScannedInput:
+    """Raises BadDataError where the options say stop, but for files that never claimed to be images: such lie everywhere."""
+    if setup.config.on_bad == "stop" and why.reason != NOT_AN_IMAGE:
+        raise BadDataError(
+            f"{name} cannot be used ({why.reason}: {why.detail}) and --on-bad is stop; "
+            "repair it and start again, or start over with --on-bad skip --replan"
+        )
+    return _with(known, reason=why.reason, detail=why.detail)
 
 
 def scan_path(directory: Path, piece: int) -> Path:

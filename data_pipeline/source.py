@@ -22,6 +22,7 @@ import pyarrow as pa
 from vitscale.base.errors import UsageError
 
 CHUNK_ROWS = 65536
+NOT_AN_IMAGE = "not-an-image"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -57,7 +58,7 @@ class Unusable:
     """Stands for the bytes of an input that is rejected before anybody decodes it."""
 
     reason: str
-    """Short, for counting: not-an-image, not-a-file, missing-file, no-class, no-image, bad-label, too-many-bytes."""
+    """Short, for counting: not-an-image, no-label, not-a-file, missing-file, no-class, no-image, bad-label, too-many-bytes."""
     detail: str
 
 
@@ -116,7 +117,7 @@ def is_image_name(name: str) -> bool:
 
 
 def not_an_image(name: str) -> Unusable:
-    return Unusable(reason="not-an-image", detail=f"the ending {Path(name).suffix!r} is not one of an image")
+    return Unusable(reason=NOT_AN_IMAGE, detail=f"the ending {Path(name).suffix!r} is not one of an image")
 
 
 def what_is(path: Path) -> str:

@@ -3,14 +3,14 @@
 import csv
 import hashlib
 import os
-import re
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.build import build_datasets
-from data_pipeline.config import BuildConfig
+from data_pipeline.config import BuildConfig, bytes_of
 from data_pipeline.manifest import REJECTS, Manifest
 from data_pipeline.options import checked_split
 from data_pipeline.store import is_url
@@ -22,7 +22,6 @@ from vitscale.base.errors import UsageError, run_main
 from vitscale.base.progress import bytes_in_words, in_words
 
 DEFAULT_SHARD_BYTES = 256_000_000
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 EPILOG = """\
 SOURCE
@@ -148,7 +147,10 @@ def _parser() -> Parser:
         help="with --out URL: local directory of the build (default: below ~/.cache/vitscale)",
     )
     parser.add_argument(
-        "--shard-size", metavar="SIZE", type=_size, help="image bytes per shard, such as 256MB (default) or 1GiB"
+        "--shard-size",
+        metavar="SIZE",
+        type=partial(_size, "--shard-size"),
+        help="image bytes per shard, such as 256MB (default) or 1GiB",
     )
     parser.add_argument("--shard-images", metavar="N", type=_count, help="images per shard, instead of --shard-size")
     parser.add_argument(
@@ -184,22 +186,28 @@ def _parser() -> Parser:
         "--max-pixels", metavar="N", type=_count, default=BuildConfig.max_pixels, help="reject larger images (%(default)s)"
     )
     parser.add_argument(
-        "--max-bytes", metavar="SIZE", type=_size, default=BuildConfig.max_bytes, help="reject larger files (%(default)s)"
+        "--max-bytes",
+        metavar="SIZE",
+        type=partial(_size, "--max-bytes"),
+        default=BuildConfig.max_bytes,
+        help="reject larger files (%(default)s)",
     )
     parser.add_argument(
-        "--on-bad", choices=("skip", "stop"), default="skip", help="reject a bad image (default), or end the build, exit 78"
+        "--on-bad",
+        choices=("skip", "stop"),
+        default="skip",
+        help="reject what cannot be used (default), or end the build, exit 78; files that are no images by name never end it",
     )
     parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
     parser.add_argument("--replan", action="store_true", help="delete what an earlier build wrote in DIR and start over")
     return parser
 
 
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if size < 1:
-        raise UsageError(f"expected a size such as 256MB, 1GB or 64MiB, got {text!r}")
-    return size
+def _size(flag: str, text: str) -> int:
+    try:
+        return bytes_of(flag, text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import tarfile
 from pathlib import Path
 
@@ -183,6 +184,15 @@ def test_a_bad_image_stops_the_build_when_asked(tmp_path: Path) -> None:
         build(tmp_path / "out", f"imagefolder:{source}", on_bad="stop")
     (source / "bee" / "02.jpg").write_bytes(picture(3))
     assert build(tmp_path / "out", f"imagefolder:{source}", on_bad="stop").images == 15
+
+
+@pytest.mark.parametrize("unread", ["beside.jpg", "bee/folder.jpg"])
+def test_inputs_that_are_refused_unread_stop_the_build_when_asked(tmp_path: Path, unread: str) -> None:
+    source = image_folder(tmp_path / "source")
+    (source / "ant" / "notes.txt").write_text("no image by name, no cause to stop")
+    os.mkfifo(source / unread)
+    with pytest.raises(BadDataError, match=rf"{unread} cannot be used.*--on-bad skip"):
+        build(tmp_path / "out", f"imagefolder:{source}", on_bad="stop")
 
 
 def test_no_good_image_is_an_error_and_leaves_no_dataset(tmp_path: Path) -> None:

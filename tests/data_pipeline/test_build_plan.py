@@ -32,7 +32,8 @@ def test_rounds_of_candidates_read_up_to_the_last_image_kept(per_class: int) -> 
     status = np.full(200, UNREAD, np.int8)
     while len(rows := candidates(labels, status, per_class)):
         status[rows] = np.where(is_good[rows], GOOD, BAD)
-    for label in range(-1, 4):
+    assert (status[labels < 0] == UNREAD).all(), "what has no label is of no class"
+    for label in range(4):
         of_class = np.flatnonzero(labels == label)
         kept = of_class[is_good[of_class]][:per_class]
         last = kept[-1] if len(kept) == per_class else 200

@@ -79,7 +79,7 @@ def test_ranks_continue_what_another_world_began(tmp_path: Path, whole: dict[str
 
 def test_a_rank_whose_peer_is_gone_names_the_missing_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # The rank that is stopped holds a claim for ever.
-    ranks = start(tmp_path, world=2, fault="stop@build.shard", faulty_rank=0, patience_s=2.0)
+    ranks = start(tmp_path, world=2, fault="stop@build.shard", faulty_rank=0, patience_s=1.0)
     ranks[1].join(30)
     code = ranks[1].exitcode
     ranks[0].kill()
@@ -102,15 +102,15 @@ def test_a_claim_belongs_to_one_rank_of_one_start(tmp_path: Path) -> None:
 def test_what_a_dead_start_left_lets_nobody_join(tmp_path: Path) -> None:
     with Team(rank=0, world=2).leading(tmp_path, "about") as let_join:
         let_join()
-        time.sleep(0.3)
+        time.sleep(0.1)
     assert (tmp_path / "start.json").exists()
-    late = Team(rank=1, world=2, patience_s=1.0)
+    late = Team(rank=1, world=2, patience_s=0.6)
     with pytest.raises(TransientFault, match="rank 0 to list"), late.joining(tmp_path, "about", is_over=lambda: False):
         pass
 
 
 def test_a_rank_joins_only_a_build_of_its_own_options(tmp_path: Path) -> None:
-    other = Team(rank=1, world=2, patience_s=1.5)
+    other = Team(rank=1, world=2, patience_s=0.6)
     with Team(rank=0, world=2).leading(tmp_path, {"seed": 0}) as let_join:
         let_join()
         with pytest.raises(TransientFault), other.joining(tmp_path, {"seed": 1}, is_over=lambda: False):

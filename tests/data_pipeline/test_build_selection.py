@@ -217,12 +217,13 @@ def many_labels(root: Path) -> str:
 def test_many_labels_are_stored_in_json_and_index(tmp_path: Path) -> None:
     manifest = one(tmp_path / "out", many_labels(tmp_path), shard_images=4)
     assert (manifest.classes, manifest.most_labels) == (("ant", "bee", "cat", "dog"), 3)
-    expected = {"0.jpg": [0, 2], "1.jpg": [1], "2.jpg": [], "3.jpg": [2, 0, 1], "4.jpg": [3], "5.jpg": [0]}
+    expected = {"0.jpg": [0, 2], "1.jpg": [1], "3.jpg": [2, 0, 1], "4.jpg": [3], "5.jpg": [0]}
     rows = rows_of(manifest)
     assert {name: labels.tolist() for name, labels in zip(rows["source"], rows["labels"], strict=True)} == expected
     assert {name: label for name, label in zip(rows["source"], rows["label"].tolist(), strict=True)} == {
-        name: (labels or [-1])[0] for name, labels in expected.items()
+        name: labels[0] for name, labels in expected.items()
     }
+    assert rejects(manifest) == {"2.jpg": ("no-label", "others of the source have one")}
     for number, shard in enumerate(manifest.shards):
         index = read_index(manifest, number)
         with tarfile.open(manifest.directory / f"{shard.name}.tar") as tar:
