@@ -38,7 +38,7 @@ from data_pipeline.workshop import (
     withdraw,
 )
 from data_pipeline.write import Output, ShardTask, record_path, write_shard
-from vitscale.base.errors import BadDataError, EnvironmentFault, UsageError, VitscaleError
+from vitscale.base.errors import BadDataError, EnvironmentFault, TransientFault, UsageError, VitscaleError
 from vitscale.base.files import fsync_path, read_json
 from vitscale.base.progress import ImageBar
 
@@ -152,7 +152,7 @@ class _Build:
         """Another rank may complete the build and clear the workshop at any moment: then nothing is missing."""
         try:
             yield
-        except (EnvironmentFault, FileNotFoundError) as error:
+        except (EnvironmentFault, TransientFault, FileNotFoundError) as error:
             if not self._is_complete():
                 raise _loud(error) from None
         except VitscaleError as error:

@@ -4,13 +4,18 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_pipeline import build as build_module
+from data_pipeline import team as team_module
 from data_pipeline.build import build_datasets
 from data_pipeline.config import BuildConfig
+from data_pipeline.scan import Scan, ScanSetup, scan_inputs
 from data_pipeline.team import Team
 from tests.helpers.builds import files_of
 from vitscale.base.errors import ExitCode, TransientFault, UsageError, VitscaleError
@@ -26,12 +31,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files_of(out)
 
 
-def start(out: Path, *, world: int, fault: str = "", faulty_rank: int = -1, patience_s: float = 30.0) -> list[ForkProcess]:
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life, and looks at them, that allow a patience of half a second."""
+    monkeypatch.setattr(team_module, "BEAT_S", 0.02)
+    monkeypatch.setattr(team_module, "LOOK_S", 0.02)
+
+
+def start(
+    out: Path,
+    *,
+    world: int,
+    faults: dict[int, str] | None = None,
+    prepare: Callable[[int], None] = lambda rank: None,
+    patience_s: float = 30.0,
+) -> list[ForkProcess]:
     """Fork the ranks of a build; an expected error becomes its exit code, as in the program."""
 
     def be(rank: int) -> None:
-        if rank == faulty_rank:
-            os.environ["VITSCALE_FAULT"] = fault
+        os.environ["VITSCALE_FAULT"] = (faults or {}).get(rank, "")
+        prepare(rank)
         team = Team(rank=rank, world=world, patience_s=patience_s)
         try:
             build_datasets(CONFIG, out, workers=1, team=team, show_progress=False)
@@ -65,10 +84,12 @@ def test_ranks_give_the_bytes_of_one_process(tmp_path: Path, whole: dict[str, by
 
 
 def test_ranks_continue_what_another_world_began(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    killed = start(tmp_path, world=2, fault="kill@build.shard", faulty_rank=0)
+    # The second one stops, or it could write all that is left.
+    killed = start(tmp_path, world=2, faults={0: "kill@build.shard", 1: "stop@build.shard"})
     assert ends(killed[:1]) == [-signal.SIGKILL]
     killed[1].kill()
     killed[1].join()
+    (tmp_path / ".build" / ".train-000011.parquet.tmp-1a").write_bytes(b"half")
     shards = sorted(path.name for path in tmp_path.glob("*.tar"))
     assert 0 < len(shards) < 12
     first = (tmp_path / shards[0]).stat().st_mtime_ns
@@ -77,9 +98,45 @@ def test_ranks_continue_what_another_world_began(tmp_path: Path, whole: dict[str
     assert (tmp_path / shards[0]).stat().st_mtime_ns == first, "a finished shard is kept"
 
 
+def test_a_rank_that_sleeps_through_the_end_finds_the_dataset(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """Between two looks at the results of the others they may complete the build and clear the workshop."""
+
+    out, has_joined = tmp_path / "out", tmp_path / "has-joined"
+
+    def sleep_through(setup: ScanSetup, *_: object, team: Team, **__: object) -> None:
+        has_joined.touch()
+        while setup.directory.exists():
+            time.sleep(0.02)
+        team.wait_for_files([setup.directory / "scan-000000.parquet"])
+
+    def scan(*arguments: Any, **more: Any) -> Scan:
+        while not has_joined.exists():
+            time.sleep(0.02)
+        return scan_inputs(*arguments, **more)
+
+    def prepare(rank: int) -> None:
+        build_module.scan_inputs = [scan, sleep_through][rank]
+
+    assert ends(start(out, world=2, prepare=prepare)) == [0, 0]
+    assert files_of(out) == whole
+
+
+def test_a_task_that_never_ends_is_named_with_its_owner(tmp_path: Path, often: None) -> None:
+    leader, other = Team(rank=0, world=2), Team(rank=1, world=2, patience_s=0.5)
+    with leader.leading(tmp_path, None) as let_join:
+        let_join()
+        assert leader.claim("train-000003")
+        with (
+            other.joining(tmp_path, None, is_over=lambda: False),
+            pytest.raises(TransientFault, match=r"1 results of other ranks, first train-000003 \(claimed by rank 0\)"),
+        ):
+            other.wait_for_tasks(["train-000003"])
+
+
+@pytest.mark.slow
 def test_a_rank_whose_peer_is_gone_names_the_missing_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # The rank that is stopped holds a claim for ever.
-    ranks = start(tmp_path, world=2, fault="stop@build.shard", faulty_rank=0, patience_s=1.0)
+    ranks = start(tmp_path, world=2, faults={0: "stop@build.shard"}, patience_s=5.0)
     ranks[1].join(30)
     code = ranks[1].exitcode
     ranks[0].kill()
@@ -99,18 +156,18 @@ def test_a_claim_belongs_to_one_rank_of_one_start(tmp_path: Path) -> None:
         assert again.claim("shard")
 
 
-def test_what_a_dead_start_left_lets_nobody_join(tmp_path: Path) -> None:
+def test_what_a_dead_start_left_lets_nobody_join(tmp_path: Path, often: None) -> None:
     with Team(rank=0, world=2).leading(tmp_path, "about") as let_join:
         let_join()
         time.sleep(0.1)
     assert (tmp_path / "start.json").exists()
-    late = Team(rank=1, world=2, patience_s=0.6)
+    late = Team(rank=1, world=2, patience_s=0.5)
     with pytest.raises(TransientFault, match="rank 0 to list"), late.joining(tmp_path, "about", is_over=lambda: False):
         pass
 
 
-def test_a_rank_joins_only_a_build_of_its_own_options(tmp_path: Path) -> None:
-    other = Team(rank=1, world=2, patience_s=0.6)
+def test_a_rank_joins_only_a_build_of_its_own_options(tmp_path: Path, often: None) -> None:
+    other = Team(rank=1, world=2, patience_s=0.5)
     with Team(rank=0, world=2).leading(tmp_path, {"seed": 0}) as let_join:
         let_join()
         with pytest.raises(TransientFault), other.joining(tmp_path, {"seed": 1}, is_over=lambda: False):
