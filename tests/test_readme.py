@@ -1,7 +1,7 @@
 """Every command of the README runs, in its order, in one directory with small stand-ins for the images it names.
 
-Left out are the two commands that make environments. Training is cut to three steps; cluster commands run as --dry-run,
-without their launcher.
+Left out are the two commands that make environments. Training is cut to three steps, the benchmark to an instant; cluster
+commands run without their launcher, trainings among them as --dry-run. The object store is one of this machine.
 """
 
 import io
@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.helpers.object_store import serve
 from vitscale.base.files import read_json
 from vitscale.training.metrics import read_lines
 
@@ -39,9 +41,11 @@ def commands(text: str) -> list[str]:
 
 def as_run(command: str) -> str:
     """The command as this test runs it."""
-    if command.startswith(("srun", "deepspeed --hostfile")):
-        return "python launch/" + command.split("launch/", 1)[1] + " --dry-run --world 32"
     is_training = any(script in command for script in ("launch/pretrain.py", "launch/finetune.py"))
+    if command.startswith(("srun", "deepspeed --hostfile")):
+        return "python launch/" + command.split("launch/", 1)[1] + (" --dry-run --world 32" if is_training else "")
+    if "launch/bench.py" in command:
+        return command + " --seconds 0.2 --rounds 1 --image-size 32 --batch 8"
     if is_training and "--dry-run" not in command:
         return command + " train.length=3 run.log_every=1"
     return command
@@ -71,14 +75,52 @@ def place(tmp_path_factory):
         folder = base / "photos" / ("roses", "tulips", "daisies")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.jpg").write_bytes(jpeg(number, 40 + number))
+    write_table(base / "more.csv", images=60)
+    for name in ("lilies", "asters"):
+        write_tar(base / "flowers" / f"{name}.tar", {f"{name}_{number}.JPEG": jpeg(number, 40) for number in range(6)})
+    for part in range(2):
+        samples = range(30 * part, 30 * part + 30)
+        images = {f"{number:05d}.jpg": jpeg(1000 + number, 32) for number in samples}
+        labels = {f"{number:05d}.cls": b"%d" % (number % 10) for number in samples}
+        write_tar(base / "others" / f"part-{part:03d}.tar", dict(sorted((images | labels).items())))
+    (base / "names.txt").write_text("".join(f"{number}\n" for number in range(10)))
     return base
 
 
+def write_table(path: Path, *, images: int) -> None:
+    """A CSV of paths and labels, and the images it names."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    lines = ["path,label"]
+    for number in range(images):
+        (folder / f"{number}.jpg").write_bytes(jpeg(500 + number, 32))
+        lines.append(f"{folder.name}/{number}.jpg,{number % 10}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def store():
+    """What a command needs in its environment to reach the store behind s3://bucket."""
+    with serve() as server:
+        yield server.environment()
+
+
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(place):
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_every_command_of_the_readme_runs(place, store):
+    env = {**os.environ, **store, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env |= {"XDG_CACHE_HOME": str(place / "cache"), "TMPDIR": str(place / "tmp")}
+    (place / "tmp").mkdir()
     found = commands((ROOT / "README.md").read_text())
-    assert len(found) >= 15
+    assert len(found) >= 24
     for command in found:
         done = subprocess.run(
             shlex.split(as_run(command)), cwd=place, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -92,6 +134,7 @@ def test_every_command_of_the_readme_runs(place):
         for run in ("runs/digits-torchrun", "runs/digits-accelerate", "runs/digits-python")
     ]
     assert hashes[0] == hashes[1] == hashes[2]
+    assert read_lines_of(place / "runs/streamed", "samples_hash") == read_lines_of(place / "runs/cifar10", "samples_hash")
 
 
 def read_lines_of(run: Path, name: str) -> list:
@@ -107,3 +150,4 @@ def test_a_command_that_is_wrong_is_noticed():
     text = "a\n```sh\n# note\npython launch/pretrain.py --nonsense\npython3 -m venv .venv && x\n```\nb\n```sh\nls\n```\n"
     assert commands(text) == ["python launch/pretrain.py --nonsense", "ls"]
     assert as_run("srun -n 4 python launch/pretrain.py --run a") == "python launch/pretrain.py --run a --dry-run --world 32"
+    assert as_run("srun -n 4 python launch/build_shards.py a --out b") == "python launch/build_shards.py a --out b"
