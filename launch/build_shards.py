@@ -28,7 +28,7 @@ SOURCE
   imagefolder:PATH    one folder per class; files may lie in folders below it
   tars:PATH           one tar per class, as ImageNet-21k ships
   parquet:PATH        Hugging Face image layout: a file, a directory, or a pattern such as 'DIR/train-*.parquet'
-  table:FILE          CSV or Parquet with the columns path and label, or labels
+  table:FILE          CSV or Parquet with the columns path and label (or labels: several, a list or A|B); see docs/data.md
   webdataset:PATH     WebDataset tars of any maker: a directory or a pattern; they are shuffled and indexed anew
   digits:train        the handwritten digits of scikit-learn: 1438 images (digits:eval: the other 359, digits: all)
 
@@ -48,6 +48,7 @@ examples
   python launch/build_shards.py parquet:cifar10-train.parquet --out shards/cifar10 --shard-images 2400
   python launch/build_shards.py imagefolder:photos --out shards/photos --resize-short 256 --split train=0.99,eval=0.01 --dedup
   srun -N 8 python launch/build_shards.py imagefolder:photos --out /shared/photos --exclude shards/imagenet-eval
+  python launch/build_shards.py parquet:cifar10-train.parquet --out s3://bucket/cifar10
 """
 
 

@@ -36,9 +36,9 @@ def training_parser(description: str) -> Parser:
     parser.add_argument(
         "--data",
         metavar="DIR[=WEIGHT][,DIR…]",
-        help="training dataset, made by launch/build_shards.py, or several with weights: A=3,B=1",
+        help="training dataset, a directory or URL, made by launch/build_shards.py; or several with weights: A=3,B=1",
     )
-    parser.add_argument("--eval-data", metavar="DIR", help="evaluation dataset")
+    parser.add_argument("--eval-data", metavar="DIR", help="evaluation dataset, a directory or URL")
     parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>)")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="print what was derived, write nothing, end")

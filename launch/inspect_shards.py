@@ -30,7 +30,7 @@ verify DIR     every file against the manifest, every image, key and label again
 index SOURCE   make the WebDataset tars of others a dataset without rewriting them
 sheet DIR      contact sheets: some images of each shard with keys and labels, and the rejected images
 
-`inspect_shards.py ACTION --help` lists the options of each.
+DIR may be a URL: s3://BUCKET/PREFIX, gs://, az://, https://. `inspect_shards.py ACTION --help` lists the options of each.
 """
 INDEX_EPILOG = """\
 SOURCE is a directory of tars, a pattern such as 'DIR/train-*.tar' or 'DIR/train-{000..146}.tar', or behind s3://, gs://,
