@@ -7,6 +7,7 @@ from pathlib import Path
 from data_pipeline.config import AugmentConfig
 from data_pipeline.manifest import read_manifest
 from data_pipeline.processes import default_workers
+from data_pipeline.store import is_url
 from launch.arguments import Parser
 from launch.bench_loader import CEILING, OURS, Result, measure_loaders, measure_stages
 from launch.peers import PEERS
@@ -26,7 +27,7 @@ example
 def main() -> None:
     parser = Parser(description=__doc__ or "", epilog=EPILOG)
     parser.add_argument("what", choices=("loader",))
-    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="dataset, made by launch/build_shards.py")
+    parser.add_argument("--data", metavar="DIR", required=True, help="dataset, made by launch/build_shards.py")
     workers = default_workers()
     parser.add_argument(
         "--workers", metavar="N", type=int, default=workers, help="worker processes (default here: %(default)s)"
@@ -52,7 +53,10 @@ def bench_loader(options: Namespace) -> dict[str, object]:
     for name in peers:
         if name not in PEERS:
             raise UsageError(f"--peers: expected some of {', '.join(PEERS)}, got {name!r}")
-    manifest, augment = read_manifest(options.data), AugmentConfig()
+    manifest = None if is_url(options.data) else read_manifest(Path(options.data))
+    if manifest is None or is_url(manifest.tars_at):
+        raise UsageError(f"--data: expected a dataset with its tars on a disk, got {options.data}; copy them to one")
+    augment = AugmentConfig()
     results = measure_loaders(
         manifest,
         augment=augment,

@@ -21,9 +21,9 @@ from data_pipeline.loader import train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Purpose, draws, locate
 from data_pipeline.resample import resample
-from data_pipeline.storage import LocalStorage
+from data_pipeline.storage import DamagedBytes, LocalStorage
 from data_pipeline.stream import PREFETCH_PER_WORKER, MicroBatch, Stream
-from vitscale.base.errors import UsageError
+from vitscale.base.errors import EnvironmentFault, UsageError
 
 OURS, CEILING = "ours", "ceiling"
 SAMPLE_IMAGES = 1000
@@ -149,7 +149,13 @@ def _contents(manifest: Manifest) -> list[bytes]:
     ends = np.cumsum([shard.images for shard in manifest.shards])
     shards, rows = locate(ends, np.arange(min(SAMPLE_IMAGES, manifest.images)))
     with closing(storage):
-        return [storage.read(shard, row).content for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        try:
+            return [storage.read(shard, row).content for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        except DamagedBytes as damage:
+            raise EnvironmentFault(
+                f"expected whole images to measure with, but {damage.key.decode()} in {manifest.tars_at} is bad "
+                f"({damage.detail}); `python launch/inspect_shards.py verify {manifest.directory}` names all damage"
+            ) from None
 
 
 def _endless(batch: int) -> Iterator[list[int]]:

@@ -109,6 +109,9 @@ def _config(options: Namespace) -> BuildConfig:
         raise UsageError("--quality goes with --resize-short: other images keep their bytes; drop it, or give --resize-short")
     if options.quality is not None and options.quality > 100:
         raise UsageError(f"--quality: expected a JPEG quality from 1 to 100, got {options.quality}")
+    for dataset in options.exclude:
+        if is_url(dataset):
+            raise UsageError(f"--exclude: expected a directory, got {dataset}; name the --work directory of its build")
     return BuildConfig(
         source=options.source,
         shard_bytes=None if options.shard_images is not None else options.shard_size or DEFAULT_SHARD_BYTES,

@@ -181,13 +181,13 @@ def _data_rows(job: Job) -> list[tuple[str, str]]:
         (manifest,) = job.train_data
         return [("data", _size(manifest))]
     shown = job.plan.total_steps * job.plan.global_batch
+    sources = sources_of(job.config.data.path)
     return [
         (
             "data" if number == 0 else "",
-            f"{manifest.directory}: weight {weight}/{SLOTS}, {_size(manifest)}, "
-            f"{shown * weight / SLOTS / manifest.images:.4g} epochs",
+            f"{source.path}: weight {weight}/{SLOTS}, {_size(manifest)}, {shown * weight / SLOTS / manifest.images:.4g} epochs",
         )
-        for number, (manifest, weight) in enumerate(zip(job.train_data, weights, strict=True))
+        for number, (source, manifest, weight) in enumerate(zip(sources, job.train_data, weights, strict=True))
     ]
 
 
