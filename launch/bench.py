@@ -16,8 +16,8 @@ from vitscale.base.files import write_json
 
 EPILOG = """\
 loader    images per second of our stream, of the loaders of others (--peers timm,webdataset; timm-float,webdataset-float
-          with normalisation as documented) and of decoding alone, at
-          equal worker processes, crop, flip and antialiasing, taking turns; then the time of one image in one thread
+          with normalisation as documented) and of decoding alone, at equal worker processes, crop, flip and antialiasing,
+          taking turns; then the time of one image in one thread
 
 example
   python launch/bench.py loader --data shards/imagenet --workers 2 --peers timm,webdataset --json loader.json

@@ -9,7 +9,7 @@ timm-float,               as documented, normalised floats out: timm's prefetche
 webdataset-float          torchvision's ToTensor and Normalize in the workers. Ours leaves that to the device.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -113,7 +113,7 @@ def _missing(name: str, error: ImportError) -> EnvironmentFault:
     return EnvironmentFault(f"--peers {name} cannot be imported ({error}); install it with `pip install -e '.[peers]'`")
 
 
-PEERS: dict[str, Any] = {
+PEERS: dict[str, Callable[..., Generator[Any]]] = {
     "timm": timm_batches,
     "timm-float": partial(timm_batches, is_float=True),
     "webdataset": webdataset_batches,
