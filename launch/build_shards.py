@@ -81,7 +81,7 @@ def summary(manifests: Sequence[Manifest], *, elapsed_s: float, processes: str) 
         lines += [f"{manifest.build['split']}:"] if manifest.build["split"] else []
         lines += [
             f"read        {manifest.images_read:,}",
-            f"written     {manifest.images:,} in {len(manifest.shards):,} shards, {bytes_in_words(tar_bytes)} of tar",
+            f"written     {manifest.images:,} in {_counted(len(manifest.shards), 'shard')}, {bytes_in_words(tar_bytes)} of tar",
             f"rejected    {sum(manifest.rejected.values()):,}" + (f" ({reasons}); named in {REJECTS}" if reasons else ""),
             f"left out    {manifest.build['left_out']:,} not selected",
             f"duplicates  {manifest.build['exact_duplicates']:,} exact, {'rejected' if is_deduplicated else 'kept'}",
@@ -94,7 +94,11 @@ def summary(manifests: Sequence[Manifest], *, elapsed_s: float, processes: str) 
 
 
 def _processes(workers: int, cluster: Cluster) -> str:
-    return f"{workers} workers" + (f" in each of {cluster.world} ranks" if cluster.world > 1 else "")
+    return _counted(workers, "worker") + (f" in each of {cluster.world} ranks" if cluster.world > 1 else "")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _in_brief(manifest: Manifest) -> str:

@@ -21,6 +21,7 @@ from data_pipeline.source import CHUNK_ROWS, Chunk, Source, Unusable, Wanted, pa
 from vitscale.base.errors import EnvironmentFault, UsageError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}|(?:.*[^a-z])?(train|valid|validation|val|test|eval|dev)(?![a-z])")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
@@ -110,9 +111,10 @@ def _parquet_files(path: Path) -> list[Path]:
         files = sorted(path.parent.glob(path.name))
     elif path.is_dir():
         files = sorted(path.glob("*.parquet"))
-        parts = sorted({match[1] for file in files if (match := re.match(r"(.+)-\d{5}-of-\d{5}", file.name))})
+        # `train` of train-00000-of-00012.parquet and of cifar-train.parquet: the images of a test must not be trained on.
+        parts = sorted({match[1] or match[2] for file in files if (match := _PART.match(file.name))})
         if len(parts) > 1:
-            example = path / f"{parts[-1]}-*.parquet"
+            example = path / f"*{parts[-1]}*.parquet"
             raise UsageError(f"{path} holds the splits {', '.join(parts)}, expected one; name one of them as parquet:{example}")
     elif path.is_file():
         files = [path]

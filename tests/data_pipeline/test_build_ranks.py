@@ -135,8 +135,17 @@ def test_a_task_that_never_ends_is_named_with_its_owner(tmp_path: Path, often: N
 
 @pytest.mark.slow
 def test_a_rank_whose_peer_is_gone_names_the_missing_piece(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def scan(setup: ScanSetup, *arguments: Any, **more: Any) -> Scan:
+        while not any(setup.directory.glob("train-*.json")):
+            time.sleep(0.02)
+        return scan_inputs(setup, *arguments, **more)
+
+    def prepare(rank: int) -> None:
+        if rank == 1:  # or it could be done before the other has a shard
+            build_module.scan_inputs = scan
+
     # The rank that is stopped holds a claim for ever.
-    ranks = start(tmp_path, world=2, faults={0: "stop@build.shard"}, patience_s=5.0)
+    ranks = start(tmp_path, world=2, faults={0: "stop@build.shard"}, prepare=prepare, patience_s=5.0)
     ranks[1].join(30)
     code = ranks[1].exitcode
     ranks[0].kill()

@@ -161,16 +161,19 @@ def test_a_folder_in_chunks_is_the_same_folder(tmp_path: Path, monkeypatch: pyte
         ("parquet:{tmp}/empty", UsageError, "expected .parquet files"),
         ("parquet:{tmp}/torn.parquet", EnvironmentFault, "torn.parquet cannot be read as Parquet"),
         ("parquet:{tmp}/plain.parquet", UsageError, r"expected an image column .* found only n \(int64\)"),
-        ("parquet:{tmp}/splits", UsageError, r"splits test, train.*train-\*\.parquet"),
+        ("parquet:{tmp}/splits", UsageError, r"splits test, train.*\*train\*\.parquet"),
+        ("parquet:{tmp}/named", UsageError, r"splits test, train.*\*train\*\.parquet"),
     ],
 )
 def test_wrong_sources_are_named(tmp_path: Path, spec: str, fault: type[Exception], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "splits").mkdir()
+    (tmp_path / "named").mkdir()
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     pq.write_table(pa.table({"n": [1]}), tmp_path / "plain.parquet")
     for part in ("train", "test"):
         write_parquet(tmp_path / "splits" / f"{part}-00000-of-00001.parquet", digit_pngs(1), {"label": [0]})
+        write_parquet(tmp_path / "named" / f"digits-{part}.parquet", digit_pngs(1), {"label": [0]})
     with pytest.raises(fault, match=message):
         open_source(spec.format(tmp=tmp_path))
 
