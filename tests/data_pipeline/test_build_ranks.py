@@ -68,6 +68,24 @@ def start(
     return ranks
 
 
+def together(scan_of_rank_1: Callable[..., Any]) -> Callable[[int], None]:
+    """For `prepare`: rank 0 scans only when rank 1 has joined, which then does `scan_of_rank_1` instead."""
+
+    def first(setup: ScanSetup, *arguments: Any, **more: Any) -> Scan:
+        while not (setup.directory / "has-joined").exists():
+            time.sleep(0.02)
+        return scan_inputs(setup, *arguments, **more)
+
+    def second(setup: ScanSetup, *arguments: Any, **more: Any) -> Any:
+        (setup.directory / "has-joined").touch()
+        return scan_of_rank_1(setup, *arguments, **more)
+
+    def prepare(rank: int) -> None:
+        build_module.scan_inputs = [first, second][rank]
+
+    return prepare
+
+
 def ends(ranks: list[ForkProcess], *, within_s: float = 60.0) -> list[int | None]:
     until_s = time.monotonic() + within_s
     for rank in ranks:
@@ -101,24 +119,13 @@ def test_ranks_continue_what_another_world_began(tmp_path: Path, whole: dict[str
 def test_a_rank_that_sleeps_through_the_end_finds_the_dataset(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """Between two looks at the results of the others they may complete the build and clear the workshop."""
 
-    out, has_joined = tmp_path / "out", tmp_path / "has-joined"
-
     def sleep_through(setup: ScanSetup, *_: object, team: Team, **__: object) -> None:
-        has_joined.touch()
         while setup.directory.exists():
             time.sleep(0.02)
         team.wait_for_files([setup.directory / "scan-000000.parquet"])
 
-    def scan(*arguments: Any, **more: Any) -> Scan:
-        while not has_joined.exists():
-            time.sleep(0.02)
-        return scan_inputs(*arguments, **more)
-
-    def prepare(rank: int) -> None:
-        build_module.scan_inputs = [scan, sleep_through][rank]
-
-    assert ends(start(out, world=2, prepare=prepare)) == [0, 0]
-    assert files_of(out) == whole
+    assert ends(start(tmp_path, world=2, prepare=together(sleep_through))) == [0, 0]
+    assert files_of(tmp_path) == whole
 
 
 def test_a_task_that_never_ends_is_named_with_its_owner(tmp_path: Path, often: None) -> None:
@@ -140,12 +147,8 @@ def test_a_rank_whose_peer_is_gone_names_the_missing_piece(tmp_path: Path, capfd
             time.sleep(0.02)
         return scan_inputs(setup, *arguments, **more)
 
-    def prepare(rank: int) -> None:
-        if rank == 1:  # or it could be done before the other has a shard
-            build_module.scan_inputs = scan
-
     # The rank that is stopped holds a claim for ever.
-    ranks = start(tmp_path, world=2, faults={0: "stop@build.shard"}, prepare=prepare, patience_s=5.0)
+    ranks = start(tmp_path, world=2, faults={0: "stop@build.shard"}, prepare=together(scan), patience_s=5.0)
     ranks[1].join(30)
     code = ranks[1].exitcode
     ranks[0].kill()
