@@ -27,6 +27,16 @@ class _Remote:
     """The records were fetched too: an index lies in the cache, beside its tar."""
 
 
+def has_remote_index(manifest: Manifest, cache_dir: Path) -> bool:
+    """Whether the dataset was opened by its URL (remote.py), so that its indices are fetched with the tars."""
+    return manifest.directory == cache_dir / manifest.fingerprint
+
+
+def most_bytes(shard: Shard, *, with_index: bool) -> int:
+    """Bytes of a tar, with those of its index guessed from above: 128 a row."""
+    return shard.tar_bytes + (128 * shard.images + 32_768 if with_index else 0)
+
+
 class Entries:
     """The shards of those of `manifests` whose tars are on stores. Use from any thread."""
 
@@ -35,7 +45,7 @@ class Entries:
             number: _Remote(
                 manifest=manifest,
                 store=open_store(manifest.tars_at, patience=patience),
-                has_remote_index=manifest.directory == cache_dir / manifest.fingerprint,
+                has_remote_index=has_remote_index(manifest, cache_dir),
             )
             for number, manifest in enumerate(manifests)
             if is_url(manifest.tars_at)
@@ -57,11 +67,11 @@ class Entries:
         return key
 
     def size(self, key: str) -> int:
-        """Bytes of tar and index. The latter is guessed from above, 128 bytes a row, until the store has said."""
+        """Bytes of tar and index. The latter is guessed from above until the store has said."""
         remote, shard = self._places[key]
-        if not remote.has_remote_index:
-            return shard.tar_bytes
-        return shard.tar_bytes + self._index_bytes.get(key, 128 * shard.images + 32_768)
+        if key in self._index_bytes:
+            return shard.tar_bytes + self._index_bytes[key]
+        return most_bytes(shard, with_index=remote.has_remote_index)
 
     def is_guessed(self, key: str) -> bool:
         return self._places[key][0].has_remote_index and key not in self._index_bytes

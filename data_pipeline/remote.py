@@ -49,6 +49,11 @@ def tars_of(manifest: Manifest, cache_dir: Path) -> Path:
     return cache_dir / manifest.fingerprint if is_url(manifest.tars_at) else Path(manifest.tars_at)
 
 
+def outstanding_lists(workers: int) -> int:
+    """Lists of a stream that may have passed without being finished, the one in the hands of its reader included."""
+    return workers * PREFETCH_PER_WORKER + 1
+
+
 def fetched(
     lists: Iterator[list[int]],
     manifests: Sequence[Manifest],
@@ -65,7 +70,7 @@ def fetched(
         manifests,
         cache_dir=data.cache_path,
         cache_bytes=bytes_of("data.cache_bytes", data.cache_bytes),
-        outstanding=data.workers * PREFETCH_PER_WORKER + 1,
+        outstanding=outstanding_lists(data.workers),
         step_lists=step_lists,
         say=say,
     )

@@ -1,7 +1,8 @@
 """Put a run together: configuration → streams, model, engine. With datasets.py the only place where data and training meet.
 
-make_plan   before a process group exists: lengths in steps
-carry_out   start the ranks, make the engine, restore, train, evaluate, mark as finished
+make_plan      before a process group exists: lengths in steps
+require_cache  the same time: what the datasets need of the cache is there
+carry_out      start the ranks, make the engine, restore, train, evaluate, mark as finished
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 
+from data_pipeline.cache import CacheTooSmall
 from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
+from data_pipeline.room import require_room
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
@@ -80,6 +83,27 @@ def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
     return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
+
+
+def require_cache(job: Job) -> None:
+    """Raise CacheTooSmall, from one rank of each node with its words, where datasets on a store need a larger cache."""
+    config, cluster = job.config, job.cluster
+    first = cluster.rank - cluster.local_rank
+    try:
+        require_room(
+            job.train_data,
+            job.eval_data,
+            data=config.data,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=job.ds.micro_batch,
+            steps=job.plan.total_steps,
+            ranks=range(first, first + cluster.local_world),
+            world=cluster.world,
+        )
+    except CacheTooSmall as error:
+        error.every_rank_speaks = cluster.local_rank == 0
+        raise
 
 
 def carry_out(job: Job) -> None:

@@ -11,7 +11,7 @@ from data_pipeline.config import sources_of, spelled
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS
 from launch.arguments import Parser
-from launch.assemble import Job, carry_out, make_plan
+from launch.assemble import Job, carry_out, make_plan, require_cache
 from launch.datasets import EMBEDDED, absolute, open_datasets
 from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
@@ -110,13 +110,14 @@ def run_training(
     )
     if cluster.rank == 0:
         print(derived_table(job), flush=True)
-    if args.dry_run:
-        return
-    if (run / FINISHED).is_file():
+    if (run / FINISHED).is_file() and not args.dry_run:
         if cluster.rank == 0:
             print(f"{run} is finished: {read_json(run / FINISHED)}; nothing to do", flush=True)
         return
-    carry_out(job)
+    if args.world is None:  # else nobody knows how many ranks share a node
+        require_cache(job)
+    if not args.dry_run:
+        carry_out(job)
 
 
 def _with_paths(config: Config, args: Namespace) -> Config:
