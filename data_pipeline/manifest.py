@@ -11,7 +11,7 @@ The index of a shard is loaded on demand: memory does not grow with the dataset.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise EnvironmentFault(f"{path} is damaged ({error}); restore it from a copy or rebuild the dataset") from None
 
 
-def read_index(manifest: Manifest, shard: int) -> ShardIndex:
+def read_index(manifest: Manifest, shard: int, *, read: Callable[[Path], bytes] = Path.read_bytes) -> ShardIndex:
     """Read the index of shard number `shard`. Raises EnvironmentFault naming a missing or damaged file.
 
     The hash of the manifest is compared: Parquet has no checksums of its own here, and of 600 flipped bits 24 gave other
@@ -170,7 +170,7 @@ def read_index(manifest: Manifest, shard: int) -> ShardIndex:
     path = manifest.directory / f"{record.name}.parquet"
     columns = ["key", "image_offset", "image_size", "label", "labels", "orientation", "image_xxh3"]
     try:
-        content = path.read_bytes()
+        content = read(path)
         if sha256_bytes(content) != record.index_sha256:
             raise EnvironmentFault(
                 f"the index {path} does not have the sha256 of {MANIFEST}; restore it from a copy or rebuild the dataset"

@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +99,7 @@ class LocalStorage:
         """The sample in row `row` of shard number `shard`.
 
         Raises DamagedBytes for bytes that are not those the index describes, HostFault (exit 3, from the rank that saw
-        it) for missing files and for an index that cannot be read, TransientFault (exit 75) when the file system fails.
+        it) for missing files and for an index that is damaged, TransientFault (exit 75) when the file system fails.
         """
         index = self._index(shard)
         key, size = bytes(index.keys[row]), int(index.image_size[row])
@@ -121,7 +122,7 @@ class LocalStorage:
             self._indexes.move_to_end(shard)
             return index
         try:
-            index = read_index(self._manifest, shard)
+            index = read_index(self._manifest, shard, read=self._read_whole)
         except EnvironmentFault as error:
             raise HostFault(str(error)) from None  # any rank may be the one that meets it
         self._indexes[shard] = index
@@ -148,21 +149,34 @@ class LocalStorage:
     def _tar(self, shard: int) -> Path:
         return self._tars / f"{self._manifest.shards[shard].name}.tar"
 
+    def _read_whole(self, path: Path) -> bytes:
+        return self._patiently(path, path.read_bytes)
+
     def _pread(self, shard: int, *, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer only where the file ends. Faults that may pass are met with further tries."""
+        """`size` bytes at `offset`, fewer only where the file ends."""
         self._close_evicted()
+
+        def reopen() -> None:  # its handle may be what is stale
+            file = self._files.pop(shard, None)
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+
+        return self._patiently(self._tar(shard), partial(self._pread_once, shard, offset=offset, size=size), reopen)
+
+    def _patiently(self, path: Path, read: Callable[[], bytes], reopen: Callable[[], None] = lambda: None) -> bytes:
+        """Faults that may pass are met with further tries."""
         give_up_at_s, longest_wait_s = time.monotonic() + self._io_deadline_s, _FIRST_WAIT_S
         while True:
             try:
-                return self._pread_once(shard, offset=offset, size=size)
+                return read()
+            except (FileNotFoundError, PermissionError):
+                raise
             except OSError as error:
-                file = self._files.pop(shard, None)  # its handle may be what is stale
-                if file is not None:
-                    with suppress(OSError):
-                        file.close()
+                reopen()
                 if time.monotonic() > give_up_at_s:
                     raise TransientFault(
-                        f"reading {self._tar(shard)} failed for {self._io_deadline_s:.0f} s ({error}); "
+                        f"reading {path} failed for {self._io_deadline_s:.0f} s ({error}); "
                         "check the file system, then start again"
                     ) from None
             time.sleep(random.uniform(0, longest_wait_s))  # spread out: many workers fail together

@@ -101,6 +101,30 @@ def test_faults_of_a_network_file_system_that_pass_are_met_with_the_file_opened_
     assert faults == []
 
 
+def test_an_index_is_read_again_too_while_its_file_system_fails(dataset, monkeypatch):
+    manifest, _ = dataset
+    expected, faults, read_bytes = (
+        LocalStorage(manifest).read(2, 3),
+        [errno.EIO, errno.ESTALE, errno.ETIMEDOUT],
+        Path.read_bytes,
+    )
+
+    def fail_at_first(path: Path) -> bytes:
+        if faults and path.suffix == ".parquet":
+            raise OSError(faults.pop(), "fault")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail_at_first)
+    assert LocalStorage(manifest).read(2, 3) == expected and faults == []
+    faults.extend([errno.EIO] * 1000)
+    with pytest.raises(TransientFault, match=r"reading .*train-000002\.parquet failed for 0 s"):
+        LocalStorage(manifest, io_deadline_s=0.2).read(2, 3)
+    faults.clear()
+    (manifest.directory / "train-000002.parquet").unlink()
+    with pytest.raises(HostFault, match=r"train-000002\.parquet cannot be read"):
+        LocalStorage(manifest).read(2, 3)
+
+
 def test_a_missing_tar_is_not_waited_for(dataset):
     manifest, _ = dataset
     (manifest.directory / "train-000001.tar").unlink()
@@ -155,7 +179,8 @@ def test_indexes_and_open_files_stay_bounded(dataset, monkeypatch):
     monkeypatch.setattr(storage, "INDEX_ROWS_KEPT", 5)
     monkeypatch.setattr(storage, "FILES_KEPT", 2)
     loads = []
-    monkeypatch.setattr(storage, "read_index", lambda m, shard, read=storage.read_index: loads.append(shard) or read(m, shard))
+    load = storage.read_index
+    monkeypatch.setattr(storage, "read_index", lambda m, shard, **how: loads.append(shard) or load(m, shard, **how))
     store = LocalStorage(dataset[0])
     keys = [store.read(shard, 0).key for shard in (0, 1, 0, 2, 2, 0, 3, 1)]
     assert [int(key) for key in keys] == [0, 3, 0, 4, 4, 0, 8, 3]
