@@ -28,6 +28,7 @@ from vitscale.base.errors import EnvironmentFault, UsageError
 OURS, CEILING = "ours", "ceiling"
 SAMPLE_IMAGES = 1000
 STAGE_REPEATS = 3
+IDLE_WAIT_S = 20.0
 
 
 class Loader(Protocol):
@@ -86,6 +87,7 @@ def measure_loaders(
             results[name] = Result(what=what, images_per_s=[], cpu_us_per_image=[], checked=0)
         for _ in range(rounds):
             for name, (what, batches) in loaders.items():
+                _wait_until_idle()  # the workers of the turn before fill their queues, seconds of work for slow ones
                 drained = workers * PREFETCH_PER_WORKER + 2  # what waited in the queues was made before its turn
                 for _ in range(drained):
                     images = next(batches)
@@ -111,6 +113,16 @@ def _turn(batches: Iterator[Any], *, batch: int, seconds: float) -> tuple[float,
         next(batches)
         images += batch
     return images / elapsed_s, 1e6 * (_cpu_s() - cpu_s) / images, images
+
+
+def _wait_until_idle() -> None:
+    """Return when this process and its workers have nothing left to do, at the latest after IDLE_WAIT_S."""
+    give_up_at_s = time.monotonic() + IDLE_WAIT_S
+    while time.monotonic() < give_up_at_s:
+        before_s = _cpu_s()
+        time.sleep(0.3)
+        if _cpu_s() - before_s < 0.03:
+            return
 
 
 def _cpu_s() -> float:
