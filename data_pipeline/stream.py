@@ -113,12 +113,13 @@ class Stream:
         self._dataset = dataset
         self._lists = lists
         self._workers = workers
+        self._refused: list[VitscaleError] = []
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         slots = PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers and dataset.batch_bytes else 0
         self._slots = _Slots(slots, size=dataset.batch_bytes)
         loader = DataLoader(
             cast(Any, _InSlots(dataset, self._slots)),
-            batch_sampler=cast(Any, self._slots.dealt(_heard_again(lists, heard))),
+            batch_sampler=cast(Any, self._slots.dealt(_heard_again(lists, heard, self._refused))),
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=PREFETCH_PER_WORKER if workers else None,
@@ -140,10 +141,14 @@ class Stream:
         return self
 
     def __next__(self) -> MicroBatch:
-        """The next micro-batch. Raises what its worker met, as itself."""
+        """The next micro-batch. Raises what its worker met, or the lists, as itself."""
+        if self._refused:
+            raise self._refused[0]
         try:
             slot, batch = next(self._iterator)
         except StopIteration:
+            if self._refused:
+                raise self._refused[0] from None
             self.close()
             raise
         if isinstance(batch, VitscaleError):
@@ -224,10 +229,16 @@ def _close_open_streams() -> None:
         stream.close()
 
 
-def _heard_again(lists: Iterable[list[int]], heard: Iterable[int]) -> Iterator[list[int]]:
-    """The DataLoader asks for the first lists once its workers live, and they may be long in coming."""
+def _heard_again(lists: Iterable[list[int]], heard: Iterable[int], refused: list[VitscaleError]) -> Iterator[list[int]]:
+    """The DataLoader asks for the first lists once its workers live, and they may be long in coming.
+
+    An error of the lists goes to `refused`: raised here, it would leave a DataLoader half made, and its workers alone.
+    """
     signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-    yield from lists
+    try:
+        yield from lists
+    except VitscaleError as error:
+        refused.append(error)
 
 
 def _as_it_is(batch: Any) -> Any:

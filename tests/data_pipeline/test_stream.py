@@ -1,6 +1,7 @@
 """Laws of the shared slots: the same bytes with and without them, none overwritten while a tensor over it lives."""
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -115,3 +116,18 @@ def test_errors_arrive_in_order_and_return_their_slots(workers):
             except BadDataError as error:
                 said.append(str(error))
     assert said == [1, "thirteen", 2] * 20
+
+
+@pytest.mark.parametrize("good", [0, 1, 7])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_lists_comes_out_of_the_stream_and_leaves_no_worker(workers, good):
+    def refused() -> Iterator[list[int]]:
+        yield from lists(good)
+        raise BadDataError("no more")
+
+    before = set(multiprocessing.active_children())
+    stream = Stream(Painted(), refused(), workers=workers)  # the lists are asked for here already
+    with closing(stream), pytest.raises(BadDataError, match="no more"):
+        seen = [next(stream).labels_B[0].item() for _ in range(good + 1)]
+        assert seen == []
+    assert set(multiprocessing.active_children()) <= before
