@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data_pipeline.cache import Cache, Part
 from data_pipeline.manifest import Manifest, Shard
-from data_pipeline.store import Patience, Store, is_url, open_store
+from data_pipeline.patience import Patience
+from data_pipeline.store import Store, is_url, open_store
 from vitscale.base.errors import HostFault
 from vitscale.base.files import sha256_file
 

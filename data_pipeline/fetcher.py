@@ -26,7 +26,7 @@ from data_pipeline.cache import Answer, Cache, CacheTooSmall, Part
 from data_pipeline.entries import Entries
 from data_pipeline.eviction import Need, UsesOf
 from data_pipeline.manifest import Manifest
-from data_pipeline.store import PATIENCE, Patience, Stopped
+from data_pipeline.patience import PATIENCE, Patience, Stopped
 from vitscale.base.errors import EnvironmentFault, HostFault, TransientFault
 
 THREADS = 4

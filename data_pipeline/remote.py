@@ -11,7 +11,8 @@ from pathlib import Path
 from data_pipeline.config import DataConfig, bytes_of
 from data_pipeline.fetcher import Fetcher, ShardsOf
 from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
-from data_pipeline.store import PATIENCE, is_url, open_store
+from data_pipeline.patience import PATIENCE
+from data_pipeline.store import is_url, open_store
 from data_pipeline.stream import PREFETCH_PER_WORKER
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import sha256_bytes, write_bytes

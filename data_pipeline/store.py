@@ -4,7 +4,7 @@ store     a place with a URL; credentials and endpoint come from the usual varia
           AWS_ACCESS_KEY_ID, AWS_ALLOW_HTTP, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...)
 path      name of an object below that URL
 range     up to 8 MiB of an object, asked for at once; what came is kept, and the next request goes on behind it
-patience  how long a store may be silent, slow or failing before it is asked again, and before it is given up
+patience  when a request is made again, and when the object is given up (patience.py)
 
 Network faults pass (5xx, 429, resets, short bodies, silence, a trickle): they are met with further requests at growing
 random intervals until the deadline, then TransientFault (exit 75). Answers do not pass (401, 403, 404, other 4xx, a body
@@ -14,12 +14,10 @@ obstore keeps threads of its own, which do not survive a fork: use a store in th
 """
 
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +28,8 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 from obstore.store import from_url
 
-from vitscale.base.errors import EnvironmentFault, TransientFault, UsageError, VitscaleError
+from data_pipeline.patience import PATIENCE, Pace, Passing, Patience, Stopped, Trials, Watch, first_line
+from vitscale.base.errors import EnvironmentFault, UsageError, VitscaleError
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 RANGE_BYTES = 8 << 20
@@ -57,38 +56,11 @@ _CREDENTIALS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
-    """When a request is given up and made again, and when the object is."""
-
-    connect_s: float = 5.0
-    stall_s: float = 8.0
-    """Longest silence, before and within a body."""
-    slow_s: float = 1.0
-    """Time over which the speed of a body is measured: what one trickle costs. Doubles with each that an object meets."""
-    slow_bytes_per_s: int = 250_000
-    """Slower bodies are given up. What came is kept, so a network that knows no better still gets on."""
-    request_s: float = 120.0
-    """Longest life of one request."""
-    backoff_s: float = 0.1
-    """Upper end of the first random wait; doubles with each failure in a row, up to backoff_max_s."""
-    backoff_max_s: float = 20.0
-    deadline_s: float = 300.0
-    """Longest time for one object, on top of what it takes at slow_bytes_per_s."""
-
-
-PATIENCE = Patience()
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Seen:
     """The object as the store first described it."""
 
     size: int
     etag: str | None
-
-
-class Stopped(Exception):
-    """The caller's event was set while a store was read."""
 
 
 def is_url(text: str) -> bool:
@@ -123,6 +95,7 @@ class Store:
         # Parts of a large object are retried one by one, which only obstore can do.
         self._writer = self._connect(retries=8, request_s=4 * patience.request_s)
         self._seen: dict[str, _Seen] = {}
+        self._pace = Pace()
 
     def url_of(self, path: str) -> str:
         return f"{self.url}/{path}" if path else self.url
@@ -150,12 +123,12 @@ class Store:
         stop = stop or threading.Event()
         seen = self._look(path, stop=stop)
         end = seen.size if end is None else min(end, seen.size)
-        trials = _Trials(self, path, size=max(0, end - start), stop=stop)
+        trials = self._trials("read", path, size=max(0, end - start), stop=stop)
         at = start
         while at < end:
             until = min(at + RANGE_BYTES, end)
             with trials.next():
-                for piece in self._range(path, seen, at, until, slow_s=self._patience.slow_s * 2**trials.slow):
+                for piece in self._range(path, seen, at, until, trickles=trials.trickles):
                     at += len(piece)
                     if at > until:
                         raise EnvironmentFault(
@@ -166,11 +139,11 @@ class Store:
                     if stop.is_set():
                         raise Stopped
                 if at < until:
-                    raise _Passing(f"a body ended {until - at} bytes early")
+                    raise Passing(f"a body ended {until - at} bytes early")
 
     def list(self, prefix: str) -> list[str]:
         """Sorted paths of all objects in the folder `prefix` ("": the whole store) and below. Not over http(s)."""
-        trials = _Trials(self, prefix, size=0, stop=threading.Event())
+        trials = self._trials("read", prefix)
         while True:
             with trials.next():
                 pages = obstore.list(self._reader, prefix or None)
@@ -182,7 +155,7 @@ class Store:
         in_parts = size > PART_BYTES and not self._scheme.startswith("http")
         part = max(PART_BYTES, -(-size // 9_000))
         self._seen.pop(path, None)
-        trials = _Trials(self, path, size=size, stop=threading.Event(), verb="write")
+        trials = self._trials("write", path, size=size)
         is_done = False
         while not is_done:
             with trials.next():
@@ -192,7 +165,7 @@ class Store:
     def delete(self, path: str) -> None:
         """Delete an object; one that is not there is deleted already, where the store says so."""
         self._seen.pop(path, None)
-        trials = _Trials(self, path, size=0, stop=threading.Event(), verb="delete")
+        trials = self._trials("delete", path)
         is_done = False
         while not is_done:
             with trials.next():
@@ -216,19 +189,19 @@ class Store:
         try:
             return from_url(self.url, client_options=cast(Any, options), retry_config={"max_retries": retries}, **config)
         except (*_FAULTS, ValueError) as error:
-            raise UsageError(f"{self.url} cannot be opened: {_first_line(error)}; check the URL and the environment") from None
+            raise UsageError(f"{self.url} cannot be opened: {first_line(error)}; check the URL and the environment") from None
 
     def _look(self, path: str, *, stop: threading.Event) -> _Seen:
         """Size and ETag, asked once for each path."""
-        trials = _Trials(self, path, size=0, stop=stop)
+        trials = self._trials("read", path, stop=stop)
         while path not in self._seen:
             with trials.next():
                 found = obstore.head(self._reader, path)
                 self._seen[path] = _Seen(size=found["size"], etag=found["e_tag"])
         return self._seen[path]
 
-    def _range(self, path: str, seen: _Seen, start: int, end: int, *, slow_s: float) -> Iterator[bytes]:
-        """One request. Raises _Slow when the body trickles."""
+    def _range(self, path: str, seen: _Seen, start: int, end: int, *, trickles: int) -> Iterator[bytes]:
+        """One request. Raises Slow when the body trickles."""
         options: dict[str, Any] = {"range": (start, end)}
         if seen.etag and not seen.etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1)
             options["if_match"] = seen.etag
@@ -236,20 +209,27 @@ class Store:
         found = _Seen(size=answer.meta["size"], etag=answer.meta["e_tag"])
         if found != seen:
             raise self._changed(path)
-        window_bytes, window_s = 0, 0.0
+        watch = Watch(self._patience, self._pace, trickles=trickles)
         pieces = iter(answer.stream(min_chunk_size=1))
         while True:
             asked_at_s = time.monotonic()
             piece = next(pieces, None)
             if piece is None:
+                watch.end()
                 return
-            window_s += time.monotonic() - asked_at_s  # the caller's own time does not count
-            window_bytes += len(piece)
+            waited_s = time.monotonic() - asked_at_s
             yield bytes(piece)
-            if window_s >= slow_s:
-                if window_bytes < window_s * self._patience.slow_bytes_per_s:
-                    raise _Slow(f"a body came at {window_bytes / window_s / 1000:,.1f} kB/s")
-                window_bytes, window_s = 0, 0.0
+            watch.add(len(piece), waited_s)
+
+    def _trials(self, verb: str, path: str, *, size: int = 0, stop: threading.Event | None = None) -> Trials:
+        return Trials(
+            f"{verb} {self.url_of(path)}",
+            patience=self._patience,
+            size=size,
+            stop=stop or threading.Event(),
+            faults=_FAULTS,
+            verdict=lambda error: self._verdict(error, path, verb),
+        )
 
     def _changed(self, path: str) -> EnvironmentFault:
         return EnvironmentFault(
@@ -275,7 +255,7 @@ class Store:
             return EnvironmentFault(f"expected an object at {url}, but the store has none (404); check the URL")
         if isinstance(error, NotImplementedError):
             return EnvironmentFault(f"expected to {verb} {url}, but {self._scheme}:// offers no way to do it")
-        line = _first_line(error)
+        line = first_line(error)
         status_found = re.search(r"status code: (\d{3})", line)
         code = int(status_found[1]) if status_found else 0
         is_final = code == 501 or (300 <= code < 500 and code not in (408, 429))
@@ -285,54 +265,6 @@ class Store:
         return None
 
 
-class _Passing(Exception):
-    """Something that a further request may cure."""
-
-
-class _Slow(_Passing):
-    """A body that trickles."""
-
-
-class _Trials:
-    """Requests for one object until one succeeds: waits between them, and the deadline."""
-
-    def __init__(self, store: Store, path: str, *, size: int, stop: threading.Event, verb: str = "read") -> None:
-        self._store, self._path, self._stop, self._verb = store, path, stop, verb
-        self._patience = store._patience
-        self._started_at_s = time.monotonic()
-        self._limit_s = self._patience.deadline_s + size / self._patience.slow_bytes_per_s
-        self._failures_in_a_row = 0
-        self.slow = 0
-        """Bodies given up because they trickled, counted up to 10."""
-
-    def is_better(self) -> None:
-        self._failures_in_a_row = 0
-
-    @contextmanager
-    def next(self) -> Iterator[None]:
-        """Around one request: swallows a fault that may pass, after a wait; raises Stopped and all others."""
-        if self._stop.is_set():
-            raise Stopped
-        try:
-            yield
-        except (*_FAULTS, _Passing, VitscaleError) as error:
-            self.slow = min(self.slow + isinstance(error, _Slow), 10)
-            verdict = self._store._verdict(error, self._path, self._verb)
-            if verdict is not None:
-                raise verdict from None
-            elapsed_s = time.monotonic() - self._started_at_s
-            if elapsed_s > self._limit_s:
-                raise TransientFault(
-                    f"gave up to {self._verb} {self._store.url_of(self._path)} after {elapsed_s:.0f} s, the last error being: "
-                    f"{_first_line(error)}; check the store and the network, then start again"
-                ) from None
-            most_s = min(self._patience.backoff_max_s, self._patience.backoff_s * 2**self._failures_in_a_row)
-            self._failures_in_a_row = min(self._failures_in_a_row + 1, 30)
-            # Spread out over the whole interval, so that the ranks that failed together do not come back together.
-            if self._stop.wait(min(random.uniform(0, most_s), max(0.0, self._limit_s - elapsed_s))):
-                raise Stopped from None
-
-
 def _has_credentials(scheme: str) -> bool:
     return any(os.environ.get(name) for name in _CREDENTIALS.get(scheme, ())) if scheme in _CREDENTIALS else True
 
@@ -340,8 +272,3 @@ def _has_credentials(scheme: str) -> bool:
 def _hint(scheme: str) -> str:
     names = _CREDENTIALS[scheme]
     return f"set {names[0]}, or {names[-1]}=false to use those of the machine"
-
-
-def _first_line(error: BaseException) -> str:
-    """obstore appends pages of its own inner state."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -20,8 +20,8 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.fetcher import Fetcher
 from data_pipeline.loader import eval_stream, train_stream
 from data_pipeline.manifest import LOCATION, MANIFEST, Manifest
+from data_pipeline.patience import Patience
 from data_pipeline.remote import open_dataset, tars_of
-from data_pipeline.store import Patience
 from data_pipeline.stream import Stream
 from tests.helpers.object_store import RATES, ObjectStore, serve
 from tests.helpers.shards import numbered_images, numbered_labels, write_dataset

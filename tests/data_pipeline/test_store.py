@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import patience as patience_module
 from data_pipeline import store as store_module
-from data_pipeline.store import Patience, Stopped, Store, is_url, open_store
+from data_pipeline.patience import Patience, Stopped
+from data_pipeline.store import Store, is_url, open_store
 from tests.helpers.object_store import RATES, ObjectStore, serve
 from vitscale.base.errors import EnvironmentFault, TransientFault, UsageError
 
@@ -109,7 +111,7 @@ def test_a_host_that_is_not_there_is_given_up_too():
 
 def test_waits_grow_while_nothing_comes_and_start_small_after_progress(server, monkeypatch):
     tops = []
-    monkeypatch.setattr(store_module.random, "uniform", lambda low, high: tops.append(high) or 0.0)
+    monkeypatch.setattr(patience_module.random, "uniform", lambda low, high: tops.append(high) or 0.0)
     server.script[("GET", NAME)] = ["503"] * 6 + ["less", "503"]
     open_store("s3://bucket/set", patience=dataclasses.replace(HASTY, backoff_max_s=0.3)).read("object")
     assert tops == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.3, 0.3, 0.02, 0.04])
@@ -197,3 +199,26 @@ def test_only_urls_of_stores_are_taken():
         with pytest.raises(UsageError, match=sentence) as caught:
             open_store(url)
         assert "word" not in str(caught.value)
+
+
+def test_a_trickle_among_quick_bodies_is_known_early_and_a_slow_network_is_not_one(server, monkeypatch):
+    patience = dataclasses.replace(HASTY, slow_s=0.8)
+    server.objects["bucket/set/large"] = bytes(1 << 20) * 2
+    server.script[("GET", NAME)] = ["drip"]
+    store = open_store("s3://bucket/set", patience=patience)
+    begun_at_s = time.monotonic()
+    store.read("object")  # nothing is known as yet
+    assert time.monotonic() - begun_at_s > 0.8
+
+    monkeypatch.setattr(store_module, "RANGE_BYTES", 1 << 20)
+    for _ in range(2):
+        store.read("large")
+    server.script[("GET", NAME)] = ["drip"]
+    begun_at_s = time.monotonic()
+    assert store.read("object") == CONTENT
+    assert time.monotonic() - begun_at_s < 0.6
+
+    # The network has become slow for all: one early mistake for the object, then it is left alone.
+    server.bytes_per_s, before = 200_000, server.count("GET", NAME)
+    assert store.read("object") == CONTENT
+    assert server.count("GET", NAME) - before == 2
