@@ -9,6 +9,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections import deque
 
 import cv2
 import numpy as np
@@ -25,6 +26,7 @@ from data_pipeline.headers import (
     image_header,
     is_cut,
     jpeg_frame,
+    png_chunks,
     png_essence,
 )
 from data_pipeline.jpeg import decode_checked, decode_for_crop, refuse_many_scans
@@ -122,6 +124,7 @@ def decode(content: bytes) -> np.ndarray:
             return decode_for_crop(content, frame, bottom=frame.height).copy()
     if image_format == "png":
         _refuse_size(*struct.unpack(">II", content[16:24].ljust(8, b"\0")))
+        deque(png_chunks(content), maxlen=0)  # OpenCV makes room for any length that a chunk claims
         # Six times as fast as Pillow on small images, and equal to it in every mode; None where Pillow knows the reason.
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _AS_STORED)
         if pixels is not None:

@@ -232,11 +232,11 @@ class Fetcher:
         try:
             there = self._publish_needs(distances)
         except CacheTooSmall:
-            unknown = [key for key in due if self._entries.is_guessed(key)]
-            if not unknown:
+            # A guess is no reason to refuse, also one that a thread has replaced by the size meanwhile.
+            if all(self._sizes[key] == self._entries.size(key) and not self._entries.is_guessed(key) for key in due):
                 raise
             try:
-                for key in unknown:  # a guess is no reason to refuse
+                for key in due:
                     self._entries.sizes(key)
             except EnvironmentFault as error:
                 raise HostFault(str(error)) from None

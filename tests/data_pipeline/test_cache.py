@@ -287,6 +287,30 @@ def test_a_rank_killed_in_mid_download_leaves_nothing_that_blocks_the_next(local
     assert not list(cache.glob("*/*.part")) and not list(cache.glob("leases/*"))
 
 
+def test_a_guess_that_a_thread_has_replaced_meanwhile_refuses_nobody(local, remote, tmp_path, monkeypatch):
+    limit = entry_bytes(local, 3) + 20_000
+    gate = fetcher_of(remote, tmp_path / "cache", limit=limit)
+    entries, publish = gate._entries, gate._publish_needs
+    asked = []
+
+    def publish_late(distances):
+        """The sizes become known while the guess is being refused."""
+        asked.append(len(asked))
+        if len(asked) == 1:
+            monkeypatch.setattr(entries, "size", lambda key: limit + 1)
+            try:
+                return publish(distances)
+            finally:
+                monkeypatch.undo()
+                for key in distances:
+                    entries.sizes(key)
+        return publish(distances)
+
+    gate._publish_needs = publish_late
+    assert list(gate.follow([[3]], shards_themselves)) == [[3]]
+    assert len(asked) >= 2
+
+
 # ---- damage and refusal ---------------------------------------------------------------------------------------------
 
 

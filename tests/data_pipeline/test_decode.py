@@ -393,3 +393,12 @@ def test_bombs_are_refused_within_a_second_and_64_mb_and_hidden_ones_do_nothing(
         )
     for name in harmless:
         assert results[name] == ["True", "True", f"({HEIGHT}, {WIDTH}, 3)"], (name, results, said.stderr)
+
+
+def test_a_chunk_that_claims_gigabytes_costs_nothing_in_training():
+    content = encode_png(smooth_image(np.random.default_rng(1), 20, 20))
+    at = content.index(b"IDAT") - 4
+    begun_s = time.process_time()
+    with pytest.raises(BadImage, match="runs over the end"):
+        decode(content[:at] + (2_443_940_935).to_bytes(4) + content[at + 4 :])
+    assert time.process_time() - begun_s < 0.2
