@@ -207,7 +207,7 @@ def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any
 
 def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device) -> Engine:
     """Model, optimizer and DeepSpeed engine; every rank starts from the same weights."""
-    model = VisionTransformer(config.model, recompute_every=ds.recompute_every)
+    model = VisionTransformer(config.model, recompute=ds.recompute)
     initialise(model, seed=config.train.seed)
     if initial is not None:
         missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys

@@ -143,7 +143,8 @@ def derived_table(job: Job) -> str:
     """What follows from the configuration, with its factors, as text."""
     config, ds, plan = job.config, job.ds, job.plan
     epochs = plan.total_steps * plan.global_batch / sum(manifest.images for manifest in job.train_data)
-    recompute = {0: "no block", 1: "every block"}.get(ds.recompute_every, f"every {ds.recompute_every}th block")
+    whole = {0: "no block", 1: "every block", "selective": "what is cheap in every block"}
+    recompute = whole.get(ds.recompute, f"every {ds.recompute}th block")
     model = config.model
     rows = [
         ("recipe", f"{config.recipe} -> {job.run}"),

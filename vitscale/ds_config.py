@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.base.errors import UsageError, nearest
-from vitscale.config import Config
+from vitscale.config import Config, Recompute
 from vitscale.ds_keys import ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED
 
 
@@ -33,8 +33,8 @@ class DsConfig:
     """Images one rank feeds forward at once."""
     accumulation: int
     """Micro-batches per step and rank; world * micro_batch * accumulation = global batch."""
-    recompute_every: int
-    """0: no block is recomputed in the backward pass; 1: every block; k: every k-th."""
+    recompute: Recompute
+    """0: no block is recomputed in the backward pass; 1: every block; k: every k-th; selective: the cheap parts of all."""
     mechanism: str
     """How the precision is reached, in words."""
 
@@ -114,7 +114,7 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         world=world,
         micro_batch=micro,
         accumulation=accumulation,
-        recompute_every=recompute,
+        recompute=recompute,
         mechanism=mechanism,
     )
 
@@ -235,13 +235,17 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
     return "bf16 weights, fp32 masters and accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def _recompute(record: dict[str, Any], *, depth: int) -> int:
+def _recompute(record: dict[str, Any], *, depth: int) -> Recompute:
     section = record.setdefault("vitscale", {})
     value = section.setdefault("recompute", "none")
     if value == "none":
         return 0
     if value == "all":
         return 1
+    if value == "selective":
+        return "selective"
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= depth:
         return value
-    raise UsageError(f'vitscale.recompute: expected "none", "all" or a number from 1 to model.depth={depth}, got {value!r}')
+    raise UsageError(
+        f'vitscale.recompute: expected "none", "all", "selective" or a number from 1 to model.depth={depth}, got {value!r}'
+    )

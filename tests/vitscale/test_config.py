@@ -121,7 +121,7 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
         ("optim.warmup=true", "optim.warmup: expected a whole number or a text, got True"),
         ("model.mlp_width=wide", "model.mlp_width: expected a whole number or null, got 'wide'"),
         ("model.projection_bias=1", "model.projection_bias: expected true or false, got 1"),
-        ("model.norm=pst", "model.norm: expected one of 'pre', 'post', got 'pst'; did you mean 'post'"),
+        ("model.norm=pst", "model.norm: expected one of 'pre', 'post', 'deepnorm', got 'pst'; did you mean 'post'"),
         ("train.precision=16", "train.precision: expected one of 'fp32', 'bf16', got 16"),
         ("data.window=fll", "data.window: expected a whole number or 'full', got 'fll'"),
         ("model.pixel_mean=0.5", "model.pixel_mean: expected a list, each item a number, got 0.5"),
@@ -242,7 +242,10 @@ def test_a_configuration_cannot_be_changed_in_place():
 KINDS = {
     "result": """
         model.image_size model.patch_size model.width model.depth model.heads model.classes model.mlp_width model.channels
-        model.norm model.projection_bias model.position model.norm_eps model.pixel_mean model.pixel_std
+        model.norm model.norm_kind model.norm_bias model.norm_eps model.projection_bias model.qkv_bias model.qk_norm
+        model.parallel model.activation model.layer_scale model.class_token model.registers model.position
+        model.prefix_positions model.position_resize model.pool model.pool_norm model.pre_logits_width model.pixel_mean
+        model.pixel_std
         optim.global_batch optim.peak_lr optim.micro_batch_max optim.warmup optim.end_lr optim.weight_decay optim.beta1
         optim.beta2 optim.eps optim.clip
         train.length train.seed train.precision train.label_smoothing train.init_sha256

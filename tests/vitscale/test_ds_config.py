@@ -196,18 +196,18 @@ def test_a_stage_is_one_of_four(stage):
 
 @pytest.mark.parametrize(("value", "every"), [("none", 0), ("all", 1), (1, 1), (2, 2), (4, 4)])
 def test_recompute_says_every_how_many_blocks(value, every):
-    assert resolve({"vitscale": {"recompute": value}}).recompute_every == every
+    assert resolve({"vitscale": {"recompute": value}}).recompute == every
 
 
 @pytest.mark.parametrize("value", [0, 5, -1, 2.0, True, "some", None])
 def test_recompute_outside_the_model_is_refused(value):
     said = refusal({"vitscale": {"recompute": value}})
-    assert said == f'vitscale.recompute: expected "none", "all" or a number from 1 to model.depth=4, got {value!r}'
+    assert said == f'vitscale.recompute: expected "none", "all", "selective" or a number from 1 to model.depth=4, got {value!r}'
 
 
 def test_without_a_word_nothing_is_recomputed_and_the_stage_is_2():
     ds = resolve({})
-    assert (ds.recompute_every, ds.stage) == (0, 2)
+    assert (ds.recompute, ds.stage) == (0, 2)
 
 
 # ---- what DeepSpeed gets ----------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ B batch   H heads   N tokens (class token first)   K columns of a head   D width
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from vitscale.model.attention import Attention
+from vitscale.model.attention import Attention, Watch
 from vitscale.model.vit import VisionTransformer
 
 QUERIES_AT_ONCE = 1024
@@ -31,26 +32,26 @@ def attention_maps(model: VisionTransformer, images_BCHW: Tensor, *, layers: Seq
         raise ValueError(f"there is no layer {wrong[0]} in a model of depth {depth}; layers are 0 to {depth - 1}")
     maps: dict[int, Tensor] = {}
 
-    def catch(layer: int, attention: Attention, z_BND: Tensor) -> None:
-        maps[layer] = _map_of(attention, z_BND)
+    def watch(layer: int) -> Watch:
+        def catch(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, out_BHNK: Tensor) -> None:
+            maps[layer] = _map_of(q_BHNK, k_BHNK)
 
-    modules = [(layer, model.get_submodule(f"blocks.{layer}.attn")) for layer in asked]
-    hooks = [
-        module.register_forward_pre_hook(lambda attention, inputs, layer=layer: catch(layer, attention, inputs[0]))
-        for layer, module in modules
-    ]
+        return catch
+
+    modules = [cast(Attention, model.get_submodule(f"blocks.{layer}.attn")) for layer in asked]
+    for layer, module in zip(asked, modules, strict=True):
+        module.watch = watch(layer)
     was_training = model.training
     try:
         model.eval()(images_BCHW)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+        for module in modules:
+            module.watch = None
     return maps
 
 
-def _map_of(attention: Attention, z_BND: Tensor) -> Tensor:
-    q_BHNK, k_BHNK, _ = attention.queries_keys_values(z_BND)
+def _map_of(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
     B, H, N, K = q_BHNK.shape
     dtype = torch.promote_types(q_BHNK.dtype, torch.float32)
     map_BHNN = torch.empty(B, H, N, N, dtype=dtype, device=q_BHNK.device)

@@ -3,13 +3,16 @@
 B batch   H, W pixels   C channels   P patch side   N patches or tokens   D width
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitscale.config import ModelConfig
 from vitscale.model.attention import Attention
+from vitscale.model.norms import make_norm
 
 
 def normalise_pixels(images_BHWC_u8: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -59,37 +62,90 @@ class PatchEmbed(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(z) = GELU(z W_1 + b_1) W_2 + b_2 with the exact GELU, z Phi(z)."""
+    """FFN(z) = f(z W_1 + b_1) W_2 + b_2 with f an activation of ModelConfig.activation; BND -> BND.
 
-    def __init__(self, width: int, hidden_width: int) -> None:
+    gelu       z Phi(z), the seed's
+    gelu_tanh  its tanh approximation (Hendrycks & Gimpel 2016), which JAX weights were trained with
+    swiglu     silu(z W_g + b_g) * (z W_v + b_v) (Shazeer 2020); W_1 = [W_g; W_v], rows of the gate first (timm's SwiGLUPacked)
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        D, M = config.width, config.feedforward_width
+        self.activation = config.activation
+        self.fc1 = nn.Linear(D, 2 * M if config.activation == "swiglu" else M)
+        self.fc2 = nn.Linear(M, D)
 
     def forward(self, z_BND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(z_BND)))
+        hidden_BNM = self.fc1(z_BND)
+        if self.activation == "swiglu":
+            gate_BNM, value_BNM = hidden_BNM.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate_BNM) * value_BNM)
+        return self.fc2(F.gelu(hidden_BNM, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021, CaiT section 2.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.gamma
+
+
+Rotation = tuple[Tensor, Tensor]
+Kept = tuple[Tensor, Tensor]
+"""Which images of the batch go through MSA and which through FFN, as indices; see VisionTransformer."""
 
 
 class Block(nn.Module):
     """One encoder layer, BND -> BND.
 
-    post-norm (the seed)            Z' = LN1(Z + MSA(Z));   out = LN2(Z' + FFN(Z'))
-    pre-norm  (ViT, public weights) Z' = Z + MSA(LN1(Z));   out = Z' + FFN(LN2(Z'))
+    post-norm (the seed)            Z' = LN1(Z + MSA(Z));          out = LN2(Z' + FFN(Z'))
+    deepnorm                        Z' = LN1(alpha Z + MSA(Z));    out = LN2(alpha Z' + FFN(Z')),  alpha = (2L)^(1/4)
+    pre-norm  (ViT, public weights) Z' = Z + MSA(LN1(Z));          out = Z' + FFN(LN2(Z'))
+    parallel                        out = Z + MSA(LN1(Z)) + FFN(LN1(Z)), or LN1(alpha Z + MSA(Z) + FFN(Z))
+    LayerScale multiplies MSA(.) and FFN(.).
     """
 
-    def __init__(
-        self, width: int, heads: int, *, hidden_width: int, post_norm: bool, projection_bias: bool, norm_eps: float
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads, bias=projection_bias)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = FeedForward(width, hidden_width)
+        self.is_post_norm = config.is_post_norm
+        self.alpha = (2 * config.depth) ** 0.25 if config.norm == "deepnorm" else 1.0
+        scaled = config.layer_scale is not None
+        self.norm1 = make_norm(config, config.width)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config.width) if scaled else None
+        self.norm2 = None if config.parallel else make_norm(config, config.width)
+        self.mlp = FeedForward(config)
+        self.ls2 = LayerScale(config.width) if scaled else None
 
-    def forward(self, z_BND: Tensor) -> Tensor:
-        if self.post_norm:
-            z_BND = self.norm1(z_BND + self.attn(z_BND))
-            return self.norm2(z_BND + self.mlp(z_BND))
-        z_BND = z_BND + self.attn(self.norm1(z_BND))
-        return z_BND + self.mlp(self.norm2(z_BND))
+    def forward(self, z_BND: Tensor, rotation: Rotation | None = None, kept: Kept | None = None) -> Tensor:
+        def attention(x_BND: Tensor) -> Tensor:
+            branch_BND = self.attn(x_BND, rotation)
+            return branch_BND if self.ls1 is None else self.ls1(branch_BND)
+
+        def feed_forward(x_BND: Tensor) -> Tensor:
+            branch_BND = self.mlp(x_BND)
+            return branch_BND if self.ls2 is None else self.ls2(branch_BND)
+
+        if self.norm2 is None:
+            return self._sublayer(z_BND, self.norm1, lambda x_BND: attention(x_BND) + feed_forward(x_BND), kept, 0)
+        z_BND = self._sublayer(z_BND, self.norm1, attention, kept, 0)
+        return self._sublayer(z_BND, self.norm2, feed_forward, kept, 1)
+
+    def _sublayer(
+        self, z_BND: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], kept: Kept | None, which: int
+    ) -> Tensor:
+        """z + f(norm(z)), or norm(alpha z + f(z)), with f computed for the kept images alone and scaled up for them."""
+        before = branch if self.is_post_norm else lambda x_BND: branch(norm(x_BND))
+        residual_BND = z_BND if self.alpha == 1.0 else self.alpha * z_BND
+        if kept is None:
+            sum_BND = residual_BND + before(z_BND)
+        else:
+            chosen = kept[which]
+            part = before(z_BND.index_select(0, chosen))
+            sum_BND = residual_BND.index_add(0, chosen, part.to(residual_BND.dtype), alpha=z_BND.shape[0] / chosen.shape[0])
+        return norm(sum_BND) if self.is_post_norm else sum_BND

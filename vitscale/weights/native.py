@@ -26,7 +26,7 @@ from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import fsync_path, publish, temporary_beside, xxh3_64
 from vitscale.config import ModelConfig, model_from_record
 from vitscale.model.flops import parameter_shapes
-from vitscale.model.position import resize_positions
+from vitscale.model.position import resize_patch_kernel, resize_positions
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "vitscale"
@@ -134,25 +134,37 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 # ---- another task -----------------------------------------------------------------------------------------------------
 
 
+# What two models may differ in and still share every tensor, or all but those that fit_to makes fit.
+FREE = ("classes", "image_size", "patch_size", "position_resize", "layer_scale")
+
+
 def fit_to(weights: Weights, model: ModelConfig, *, new_head: bool = False) -> dict[str, Tensor]:
     """The tensors a fine-tuning of `model` starts from; what is not among them comes from `initialise`.
 
     The head is left out when the number of classes differs, or when asked for (the same number of other classes).
-    Learned positions are resampled when image_size differs. Any other difference raises UsageError.
+    Learned positions are resampled when the grid differs, in the dialect of `model.position_resize`; the patch
+    projection by pi-resize when patch_size differs. Any other difference raises UsageError.
     """
+    old = weights.model
     for name in (f.name for f in dataclasses.fields(ModelConfig)):
-        have, want = _value(weights.model, name), _value(model, name)
-        if have != want and name not in ("classes", "image_size"):
+        have, want = _value(old, name), _value(model, name)
+        if have != want and (name not in FREE or (have is None) != (want is None)):
             raise UsageError(
                 f"the weights were trained with model.{name}={have}, this run asks for {want}; "
                 f"set model.{name}={_spell(have)} or start from other weights"
             )
     tensors = dict(weights.tensors)
-    if new_head or weights.model.classes != model.classes:
+    if new_head or old.classes != model.classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     if model.position == "learned":
-        from_grid, to_grid = (m.image_size // m.patch_size for m in (weights.model, model))
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], from_grid, to_grid)
+        prefix = old.prefix_tokens if old.prefix_positions else 0
+        grids = ((m.grid, m.grid) for m in (old, model))
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *grids, prefix=prefix, dialect=model.position_resize)
+    if old.patch_size != model.patch_size:
+        kernel_DCPP = tensors["patch_embed.proj.weight"].reshape(-1, old.channels, old.patch_size, old.patch_size)
+        dialect = "pi_bilinear" if model.position_resize == "zoom_linear" else "pi_bicubic"
+        resized = resize_patch_kernel(kernel_DCPP, model.patch_size, dialect=dialect)
+        tensors["patch_embed.proj.weight"] = resized.reshape(model.width, -1)
     return tensors
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vitscale.config import ModelConfig
 from vitscale.model.attention import Attention
 from vitscale.model.layers import PatchEmbed, normalise_pixels
 from vitscale.model.position import resize_positions, sinusoidal_positions
@@ -20,7 +21,7 @@ def test_patch_projection_is_the_convolution_of_public_weights():
 
 
 def test_queries_keys_values_are_rows_of_one_matrix_in_this_order():
-    attention = Attention(6, 2, bias=False)
+    attention = Attention(ModelConfig(image_size=4, patch_size=2, width=6, depth=1, heads=2, classes=2, qkv_bias=False))
     with torch.no_grad():
         attention.qkv.weight.copy_(torch.arange(18.0)[:, None].expand(18, 6))
     ones_BND = torch.full((1, 1, 6), 1 / 6)
@@ -55,7 +56,7 @@ def test_sinusoidal_positions_are_those_of_the_paper():
 
 def test_positions_of_the_same_grid_are_untouched():
     pos = torch.randn(1, 10, 4, dtype=torch.bfloat16)
-    assert torch.equal(resize_positions(pos, 3, 3), pos)
+    assert torch.equal(resize_positions(pos, (3, 3), (3, 3), prefix=1, dialect="bicubic_antialias"), pos)
 
 
 @pytest.mark.parametrize(("from_grid", "to_grid"), [(4, 6), (6, 4), (2, 7)])
@@ -66,7 +67,7 @@ def test_resized_positions_keep_the_class_token_and_the_orientation(from_grid, t
     pos[0, 1:, 0] = rows.repeat_interleave(from_grid)  # grows downwards
     pos[0, 1:, 1] = rows.repeat(from_grid)  # grows to the right
     pos[0, 1:, 2] = 2.0
-    resized = resize_positions(pos, from_grid, to_grid)
+    resized = resize_positions(pos, (from_grid, from_grid), (to_grid, to_grid), prefix=1, dialect="bicubic_antialias")
     assert resized.shape == (1, 1 + to_grid**2, 3) and resized.dtype == torch.float64
     assert torch.equal(resized[0, 0], pos[0, 0])
     grid = resized[0, 1:].reshape(to_grid, to_grid, 3)
@@ -102,4 +103,9 @@ def test_resized_positions_are_antialiased_bicubic(from_grid, to_grid):
     grid = pos[0, 1:].reshape(from_grid, from_grid, 2).double().numpy()
     matrix = resample_matrix(from_grid, to_grid)
     expected = np.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(-1, 2)
-    np.testing.assert_allclose(resize_positions(pos, from_grid, to_grid)[0, 1:].numpy(), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(
+        resize_positions(pos, (from_grid, from_grid), (to_grid, to_grid), prefix=1, dialect="bicubic_antialias")[0, 1:].numpy(),
+        expected,
+        rtol=0,
+        atol=2e-6,
+    )

@@ -157,7 +157,7 @@ def test_recomputation_changes_no_bit_and_runs_the_named_blocks_twice(every, lay
     images_BCHW, labels_B = images_of(c).float(), torch.tensor([0, 1, 2])
     gradients, calls = [], []
     for recompute_every in (0, every):
-        model = scrambled(VisionTransformer(c, recompute_every=recompute_every))
+        model = scrambled(VisionTransformer(c, recompute=recompute_every))
         counts = dict.fromkeys(range(3), 0)
         for layer, block in enumerate(model.blocks):
             block.attn.register_forward_pre_hook(
@@ -173,7 +173,7 @@ def test_recomputation_changes_no_bit_and_runs_the_named_blocks_twice(every, lay
 
 
 def test_evaluation_recomputes_nothing():
-    model = VisionTransformer(config(), recompute_every=1).eval()
+    model = VisionTransformer(config(), recompute=1).eval()
     calls = []
     model.blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append(1))
     model(images_of(config()).float()).sum().backward()
@@ -194,9 +194,10 @@ def test_every_dtype_gives_the_float64_probabilities_within_its_precision(norm, 
     assert (model.predict_proba(images_BCHW.to(dtype)) - exact).abs().max() < error
 
 
-def test_images_of_another_size_are_refused_in_words():
-    with pytest.raises(ValueError, match=r"expected images of shape \(batch, 3, 8, 8\), got \(2, 3, 12, 12\)"):
-        VisionTransformer(config())(torch.zeros(2, 3, 12, 12))
+def test_images_that_patches_do_not_tile_are_refused_in_words():
+    for shape in [(2, 3, 12, 10), (2, 1, 8, 8), (3, 8, 8)]:
+        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\) with sides that are multiples of 4, got"):
+            VisionTransformer(config())(torch.zeros(shape))
 
 
 # ---- initialisation and roles ----------------------------------------------------------------------------------------

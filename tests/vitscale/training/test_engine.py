@@ -44,7 +44,7 @@ def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make(config: Config, ds: DsConfig) -> Engine:
-    model = VisionTransformer(config.model, recompute_every=ds.recompute_every)
+    model = VisionTransformer(config.model, recompute=ds.recompute)
     initialise(model, seed=0)
     return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=CPU)
 

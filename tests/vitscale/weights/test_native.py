@@ -116,7 +116,10 @@ def test_other_classes_drop_the_head_and_nothing_else(classes, new_head):
 def test_another_image_size_resamples_learned_positions_only():
     weights = weights_of(config(classes=5))
     fitted = fit_to(weights, config(image_size=20))
-    assert torch.equal(fitted["pos_embed"], resize_positions(weights.tensors["pos_embed"], 2, 5))
+    assert torch.equal(
+        fitted["pos_embed"],
+        resize_positions(weights.tensors["pos_embed"], (2, 2), (5, 5), prefix=1, dialect="bicubic_antialias"),
+    )
     changed = [name for name, tensor in weights.tensors.items() if not torch.equal(fitted[name], tensor)]
     assert changed == ["pos_embed"]
     VisionTransformer(config(image_size=20)).load_state_dict(fitted)
@@ -134,7 +137,7 @@ def test_another_image_size_resamples_learned_positions_only():
         ({"norm": "post"}, "trained with model.norm=pre, this run asks for post; set model.norm=pre or"),
         ({"mlp_width": 20}, "trained with model.mlp_width=48, this run asks for 20; set model.mlp_width=48 or"),
         ({"projection_bias": False}, "this run asks for False; set model.projection_bias=true or"),
-        ({"patch_size": 2}, "trained with model.patch_size=4"),
+        ({"layer_scale": 0.1}, "trained with model.layer_scale=None, this run asks for 0.1"),
         ({"pixel_mean": (0.1, 0.2, 0.3)}, "set model.pixel_mean=[0.5,0.5,0.5] or"),
         ({"heads": 4, "norm_eps": 1e-5}, "trained with model.heads=3, this run asks for 4"),
     ],
