@@ -5,7 +5,7 @@ require_cache  the same time: what the datasets need of the cache is there
 carry_out      start the ranks, make the engine, restore, train, evaluate, mark as finished
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from vitscale.base.errors import UsageError
 from vitscale.config import Config, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
-from vitscale.model.flops import train_flops
-from vitscale.model.vit import VisionTransformer, initialise
+from vitscale.model.compile import compile_blocks
+from vitscale.model.flops import recomputed_flops, train_flops
+from vitscale.model.vit import VisionTransformer, initialise, kept_images
 from vitscale.planning.peaks import peak_flops_of
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from vitscale.training.engine import Engine, leave_ranks, start_ranks
+from vitscale.training.choices import choose_attention
+from vitscale.training.engine import Engine, checkpoint_function, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import Objective
 from vitscale.training.optim import lr_at, make_optimizer
@@ -55,7 +57,7 @@ class Job:
     """Weights a fine-tuning starts from, as `load_weights_of` takes them."""
 
 
-def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
+def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
     """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
 
     def steps(name: str, length: int | str, total: int | None) -> int:
@@ -72,6 +74,8 @@ def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
     if warmup > total:
         raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
     watch = {name: steps(f"run.{name}", getattr(config.run, name), total) for name in ("log_every", "eval_every", "save_every")}
+    rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
+    kept = sum(kept_images(micro, rate) / micro for rate in rates) / len(rates)
     plan = Plan(
         total_steps=total,
         global_batch=config.optim.global_batch,
@@ -79,7 +83,9 @@ def make_plan(config: Config, epoch_images: int) -> tuple[Plan, int, int]:
         eval_every_steps=watch["eval_every"],
         save_every_steps=watch["save_every"],
         bad_images_max=config.data.bad_images_max,
-        flops_per_image=train_flops(config.model),
+        seed=config.train.seed,
+        flops_per_image=train_flops(config.model, kept=kept),
+        recomputed_flops_per_image=recomputed_flops(config.model, ds.recompute, kept=kept),
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
     return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
@@ -121,7 +127,17 @@ def carry_out(job: Job) -> None:
             f"{saved.directory} stands in another order than this program would read: {saved.data} against {order}; "
             "continue it with the version it was started with"
         )
-    engine = make_engine(config, job.ds, initial=initial, device=device)
+    model = config.model
+    choose_attention(
+        job.run,
+        job.ds.attention,
+        shape_BHNK=(job.ds.micro_batch, model.heads, model.tokens, model.head_width),
+        dtype=product_dtype(config),
+        device=device,
+        rank=job.cluster.rank,
+        say=print,
+    )
+    engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else _silent)
     state = load_checkpoint(engine, saved) if saved else TrainState()
     metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
     if metrics is not None:
@@ -191,6 +207,13 @@ def carry_out(job: Job) -> None:
     leave_ranks()
 
 
+Say = Callable[[str], None]
+
+
+def _silent(sentence: str) -> None:
+    """What the other ranks say."""
+
+
 def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """What fixes the order of the images, besides the position: equal at every start of a run."""
     mixture = mixture_of(manifests, data=config.data, seed=config.train.seed)
@@ -205,15 +228,27 @@ def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any
     }
 
 
-def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device) -> Engine:
+def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device, say: Say) -> Engine:
     """Model, optimizer and DeepSpeed engine; every rank starts from the same weights."""
-    model = VisionTransformer(config.model, recompute=ds.recompute)
+    model = VisionTransformer(
+        config.model,
+        recompute=ds.recompute,
+        drop_path=config.train.drop_rates(config.model.depth),
+        checkpoint_function=checkpoint_function(ds, device),
+    )
     initialise(model, seed=config.train.seed)
     if initial is not None:
         missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
         assert all(name.startswith("head.") for name in missing), missing
     model.to(device)
+    if ds.compile_blocks:
+        compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
     return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
+
+
+def product_dtype(config: Config) -> torch.dtype:
+    """The type matrix products and attention run in, whichever way train.precision is reached."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:

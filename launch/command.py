@@ -92,7 +92,7 @@ def run_training(
         # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
         place = Path(scratch) if args.dry_run and stored is None else run
         config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
-    plan, warmup_steps, keep_every_steps = make_plan(config, sum(manifest.images for manifest in train_data))
+    plan, warmup_steps, keep_every_steps = make_plan(config, ds, sum(manifest.images for manifest in train_data))
     found = differences(stored, config) if stored is not None else []
     refuse_result_changes(run, found)
     job = Job(
@@ -164,7 +164,11 @@ def derived_table(job: Job) -> str:
             "length",
             f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} to lr {config.optim.peak_lr}",
         ),
-        ("machine", f"ZeRO stage {ds.stage}, {ds.mechanism}, recomputing {recompute}"),
+        (
+            "machine",
+            f"ZeRO stage {ds.stage}, {ds.mechanism}, recomputing {recompute}, attention {ds.attention}"
+            f"{', compiled blocks' if ds.compile_blocks else ''}",
+        ),
         (
             "every",
             f"log {plan.log_every_steps}, evaluate {plan.eval_every_steps}, save {plan.save_every_steps} steps; "

@@ -21,9 +21,13 @@ from typing import Any, Literal, TypeVar, cast
 from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
 from vitscale.base.records import decode
+from vitscale.model.presets import preset, preset_names
 
 Kind = Literal["result", "machine", "watching"]
 T = TypeVar("T")
+PRESET = "model.preset"
+"""An override, but no setting: it is stored as the numbers it stands for."""
+
 Recompute = int | Literal["selective"]
 """What the backward pass computes again: 0 nothing, k everything in every k-th block, "selective" the cheap parts of all."""
 
@@ -210,6 +214,10 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     label_smoothing: float = 0.0
+    drop_path: float = 0.0
+    """Stochastic depth (Huang et al. 2016): share of images whose branch of a block is left out, and not computed."""
+    drop_path_rule: Literal["uniform", "linear"] = "uniform"
+    """uniform: the same rate in every block (DeiT III); linear: from 0 in the first to drop_path in the last (DeiT)."""
     init_weights: str = machine("")
     """Where a fine-tuning takes its weights from; empty: fresh weights."""
     init_sha256: str = ""
@@ -218,8 +226,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"train.label_smoothing must be within [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"train.drop_path must be within [0, 1), got {self.drop_path}")
         if self.seed < 0:
             raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+
+    def drop_rates(self, depth: int) -> tuple[float, ...]:
+        """The rate of stochastic depth of every block."""
+        if self.drop_path_rule == "uniform" or depth == 1:
+            return (self.drop_path,) * depth
+        return tuple(self.drop_path * layer / (depth - 1) for layer in range(depth))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,20 +296,34 @@ def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_s
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """Apply `section.key=value` texts in order. Raises UsageError naming the nearest key and the expected type."""
+    """Apply `section.key=value` texts in order; `model.preset=L/16` stands for all settings of a size.
+
+    Raises UsageError naming the nearest key and the expected type.
+    """
     record = to_record(config)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
             raise UsageError(f"expected section.key=value, got {override!r}")
+        if path == PRESET:
+            record["model"] |= _preset(text)
+            continue
         if path not in _settings():
             sections = dict.fromkeys(key.partition(".")[0] for key in [*_settings(), "ds"])
             raise UsageError(
-                f"there is no setting {path!r} (sections: {', '.join(sections)}){nearest(path, [*_settings(), 'ds.PATH'])}"
+                f"there is no setting {path!r} (sections: {', '.join(sections)})"
+                f"{nearest(path, [*_settings(), PRESET, 'ds.PATH'])}"
             )
         section, _, key = path.partition(".")
         record[section][key] = _value_of(text)
     return from_record(record)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    try:
+        return preset(name)
+    except ValueError as error:
+        raise UsageError(f"{PRESET}: {error}{nearest(name, preset_names())}") from None
 
 
 def _value_of(text: str) -> Any:

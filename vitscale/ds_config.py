@@ -15,7 +15,7 @@ from typing import Any
 
 from vitscale.base.errors import UsageError, nearest
 from vitscale.config import Config, Recompute
-from vitscale.ds_keys import ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED
+from vitscale.ds_keys import ACTIVATION_KEYS, ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,12 @@ class DsConfig:
     """Micro-batches per step and rank; world * micro_batch * accumulation = global batch."""
     recompute: Recompute
     """0: no block is recomputed in the backward pass; 1: every block; k: every k-th; selective: the cheap parts of all."""
+    checkpoint_keys: tuple[str, ...]
+    """What DeepSpeed's own checkpoint function is asked for; empty: torch's function recomputes."""
+    attention: str
+    """Kernel of attention: "torch" (its own choice), "measured", or a name of model/kernels.py."""
+    compile_blocks: bool
+    """Whether every block is compiled by torch.compile."""
     mechanism: str
     """How the precision is reached, in words."""
 
@@ -88,7 +94,9 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
 
     mechanism, precision = _precision(record, stage=stage, config=config)
-    recompute = _recompute(record, depth=config.model.depth)
+    recompute = _recompute(record, depth=config.model.depth, stage=stage)
+    attention = _one_of(record, "attention", ATTENTION_VALUES)
+    compile_blocks = _compile(record, stage=stage, recompute=recompute)
     record |= {
         "train_batch_size": config.optim.global_batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -115,6 +123,9 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         micro_batch=micro,
         accumulation=accumulation,
         recompute=recompute,
+        checkpoint_keys=_checkpoint_keys(record, recompute=recompute, compile_blocks=compile_blocks),
+        attention=attention,
+        compile_blocks=compile_blocks,
         mechanism=mechanism,
     )
 
@@ -137,7 +148,9 @@ def _check_keys(record: dict[str, Any]) -> None:
             if name not in inner:
                 raise UsageError(f"ds_config: there is no key {dotted!r}{nearest(name, inner)}")
     for name, value in record.get("activation_checkpointing", {}).items():
-        if value not in (False, None):
+        if name in ACTIVATION_KEYS and not isinstance(value, bool | None):
+            raise UsageError(f"ds_config: activation_checkpointing.{name}: expected true or false, got {value!r}")
+        if name in ACTIVATION_REASONS and value not in (False, None):
             raise UsageError(
                 f"ds_config: activation_checkpointing.{name}={value!r} would have no effect: {ACTIVATION_REASONS[name]}; "
                 'choose the recomputed blocks with vitscale.recompute ("none", "all", or a number k for every k-th)'
@@ -235,7 +248,7 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
     return "bf16 weights, fp32 masters and accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def _recompute(record: dict[str, Any], *, depth: int) -> Recompute:
+def _recompute(record: dict[str, Any], *, depth: int, stage: int) -> Recompute:
     section = record.setdefault("vitscale", {})
     value = section.setdefault("recompute", "none")
     if value == "none":
@@ -243,9 +256,52 @@ def _recompute(record: dict[str, Any], *, depth: int) -> Recompute:
     if value == "all":
         return 1
     if value == "selective":
+        if stage == 3:
+            raise UsageError(
+                "vitscale.recompute=selective is not offered at ZeRO stage 3, where gradients came out wrong in the fourth "
+                "digit (docs/log.md); set vitscale.recompute to all or a number, or zero_optimization.stage to 0, 1 or 2"
+            )
         return "selective"
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= depth:
         return value
     raise UsageError(
         f'vitscale.recompute: expected "none", "all", "selective" or a number from 1 to model.depth={depth}, got {value!r}'
     )
+
+
+def _checkpoint_keys(record: dict[str, Any], *, recompute: Recompute, compile_blocks: bool) -> tuple[str, ...]:
+    """The keys of the section activation_checkpointing that are on, in the order of ACTIVATION_KEYS."""
+    section = record.get("activation_checkpointing", {})
+    wanted = tuple(name for name in ACTIVATION_KEYS if section.get(name))
+    if wanted and (recompute in (0, "selective") or compile_blocks):
+        raise UsageError(
+            f"ds_config: activation_checkpointing.{wanted[0]} needs blocks that are recomputed whole and not compiled; "
+            'set vitscale.recompute to "all" or a number and vitscale.compile to none, or delete the key'
+        )
+    return wanted
+
+
+ATTENTION_VALUES = ("torch", "measured", "flash", "cudnn", "efficient", "math")
+
+
+def _one_of(record: dict[str, Any], key: str, values: Sequence[str]) -> str:
+    """vitscale.KEY, the first of the values where nothing is said."""
+    value = record["vitscale"].setdefault(key, values[0])
+    if value not in values:
+        raise UsageError(f"vitscale.{key}: expected one of {', '.join(values)}, got {value!r}{nearest(str(value), values)}")
+    return value
+
+
+def _compile(record: dict[str, Any], *, stage: int, recompute: Recompute) -> bool:
+    wanted = _one_of(record, "compile", ("none", "blocks")) == "blocks"
+    if wanted and stage == 3:
+        raise UsageError(
+            "vitscale.compile=blocks is not offered at ZeRO stage 3, where compiled and recomputed blocks lost gradients "
+            "(DeepSpeed issue 5590); set vitscale.compile to none or zero_optimization.stage to 0, 1 or 2"
+        )
+    if wanted and recompute == "selective":
+        raise UsageError(
+            "vitscale.recompute=selective has no effect inside compiled blocks, where the compiler decides by itself what is "
+            "cheap to compute again; set vitscale.recompute to none, all or a number, or vitscale.compile to none"
+        )
+    return wanted

@@ -36,15 +36,15 @@ ZERO_KEYS = (
     "enable_sanity_checks",
 )
 
-# DeepSpeed reads this section but acts on none of it outside its own pipeline engine; a true value would be a lie.
+# DeepSpeed reads this section but acts on none of it outside its own pipeline engine: a true value of these would be a lie.
 ACTIVATION_REASONS = {
     "partition_activations": "it shards over tensor-parallel ranks and there are none here",
-    "cpu_checkpointing": "it is not offered yet",
     "contiguous_memory_optimization": "it needs tensor-parallel ranks and there are none here",
     "number_checkpoints": "the blocks to recompute are set by vitscale.recompute",
-    "synchronize_checkpoint_boundary": "it is not offered yet",
-    "profile": "it is not offered yet",
 }
+
+# These three make DeepSpeed's own checkpoint function run the recomputed blocks, with what they ask for.
+ACTIVATION_KEYS = ("cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
 
 # Sections whose keys are listed are checked key by key; None means a plain value.
 KNOWN: dict[str, tuple[str, ...] | None] = {
@@ -65,7 +65,7 @@ KNOWN: dict[str, tuple[str, ...] | None] = {
     "fp16": ("enabled",),
     "zero_optimization": ZERO_KEYS,
     "data_types": ("grad_accum_dtype",),
-    "activation_checkpointing": tuple(ACTIVATION_REASONS),
+    "activation_checkpointing": (*ACTIVATION_REASONS, *ACTIVATION_KEYS),
     "flops_profiler": (
         "enabled",
         "profile_step",
@@ -76,7 +76,7 @@ KNOWN: dict[str, tuple[str, ...] | None] = {
         "recompute_fwd_factor",
     ),
     "comms_logger": ("enabled", "verbose", "prof_all", "prof_ops", "debug"),
-    "vitscale": ("recompute",),
+    "vitscale": ("recompute", "attention", "compile"),
 }
 
 REFUSED = {

@@ -248,7 +248,8 @@ KINDS = {
         model.pixel_std
         optim.global_batch optim.peak_lr optim.micro_batch_max optim.warmup optim.end_lr optim.weight_decay optim.beta1
         optim.beta2 optim.eps optim.clip
-        train.length train.seed train.precision train.label_smoothing train.init_sha256
+        train.length train.seed train.precision train.label_smoothing train.drop_path train.drop_path_rule
+        train.init_sha256
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter

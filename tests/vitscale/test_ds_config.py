@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from vitscale.base.errors import UsageError
 from vitscale.config import Config, apply_overrides
 from vitscale.ds_config import DsConfig, divisors, read_ds_config, resolve_ds_config
-from vitscale.ds_keys import ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED, ZERO_KEYS
+from vitscale.ds_keys import ACTIVATION_KEYS, ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED, ZERO_KEYS
 from vitscale.recipes.catalog import recipe_named
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +172,9 @@ def test_a_section_must_be_one(section):
     assert refusal({section: True}) == f"ds_config: expected a section with keys at {section!r}, got True"
 
 
-@pytest.mark.parametrize("path", [*(f"zero_optimization.{key}" for key in ZERO_KEYS), "steps_per_print", "vitscale.recompute"])
+@pytest.mark.parametrize(
+    "path", [*(f"zero_optimization.{key}" for key in ZERO_KEYS), "steps_per_print", "vitscale.recompute", "vitscale.attention"]
+)
 def test_auto_is_refused_where_it_has_no_meaning(path):
     said = refusal(set_dotted(path, "auto"))
     assert said == f'ds_config: {path} cannot be "auto"; only these can: {", ".join(AUTO_KEYS)}'
@@ -203,6 +205,35 @@ def test_recompute_says_every_how_many_blocks(value, every):
 def test_recompute_outside_the_model_is_refused(value):
     said = refusal({"vitscale": {"recompute": value}})
     assert said == f'vitscale.recompute: expected "none", "all", "selective" or a number from 1 to model.depth=4, got {value!r}'
+
+
+@pytest.mark.parametrize("key", ACTIVATION_KEYS)
+def test_deepspeeds_own_checkpointing_needs_blocks_that_are_recomputed_whole(key):
+    section = {"activation_checkpointing": {key: True}}
+    assert resolve({**section, "vitscale": {"recompute": 2}}).checkpoint_keys == (key,)
+    for ours in ({"recompute": "none"}, {"recompute": "selective"}, {"recompute": "all", "compile": "blocks"}):
+        assert f"activation_checkpointing.{key} needs blocks that are recomputed whole" in refusal(
+            {**section, "vitscale": ours}
+        )
+    assert resolve({"activation_checkpointing": {key: False}}).checkpoint_keys == ()
+    assert "expected true or false, got 1" in refusal({"activation_checkpointing": {key: 1}})
+
+
+def test_selective_recomputation_is_a_word():
+    assert resolve({"vitscale": {"recompute": "selective"}}).recompute == "selective"
+    said = refusal({"zero_optimization": {"stage": 3}, "vitscale": {"recompute": "selective"}})
+    assert "selective is not offered at ZeRO stage 3" in said
+
+
+def test_kernel_and_compiler_are_chosen_by_words():
+    ds = resolve({})
+    assert (ds.attention, ds.compile_blocks) == ("torch", False)
+    ds = resolve({"vitscale": {"attention": "cudnn", "compile": "blocks"}})
+    assert (ds.attention, ds.compile_blocks) == ("cudnn", True)
+    assert "did you mean 'cudnn'" in refusal({"vitscale": {"attention": "cudn"}})
+    assert "expected one of none, blocks, got 'all'" in refusal({"vitscale": {"compile": "all"}})
+    assert "stage 3" in refusal({"zero_optimization": {"stage": 3}, "vitscale": {"compile": "blocks"}})
+    assert "selective has no effect inside compiled" in refusal({"vitscale": {"compile": "blocks", "recompute": "selective"}})
 
 
 def test_without_a_word_nothing_is_recomputed_and_the_stage_is_2():

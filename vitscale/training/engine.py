@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault
+from vitscale.base.files import xxh3_64
 from vitscale.ds_config import DsConfig
 
 # DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
@@ -31,6 +32,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -94,8 +96,32 @@ def from_all_ranks(value: Any) -> list[Any]:
     return box
 
 
+def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Tensor] | None:
+    """DeepSpeed's activation checkpointing where ds_config.json asks for what torch's has not, else None.
+
+    cpu_checkpointing keeps the input of every recomputed block in host memory, synchronize_checkpoint_boundary and profile
+    wait for the device around it and time it. Its function is reentrant: something before the first block must be trained.
+    """
+    if not ds.checkpoint_keys:
+        return None
+    if "cpu_checkpointing" in ds.checkpoint_keys and device.type == "cpu":
+        raise EnvironmentFault(
+            "activation_checkpointing.cpu_checkpointing needs an accelerator whose memory it relieves, and there is none here; "
+            "delete the key"
+        )
+    checkpointing.configure(
+        None,
+        partition_activations=False,
+        contiguous_checkpointing=False,
+        checkpoint_in_cpu="cpu_checkpointing" in ds.checkpoint_keys,
+        synchronize="synchronize_checkpoint_boundary" in ds.checkpoint_keys,
+        profile="profile" in ds.checkpoint_keys,
+    )
+    return checkpointing.checkpoint
+
+
 class Engine:
-    """One training engine over all ranks. Every method but `set_lr` is collective."""
+    """One training engine over all ranks. Every method but `set_lr` and `seed_micro_batch` is collective."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ds: DsConfig, device: torch.device) -> None:
         self.ds = ds
@@ -139,6 +165,10 @@ class Engine:
         """Set the learning rate of the coming step on every parameter group."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+
+    def seed_micro_batch(self, seed: int, step: int, micro_batch: int) -> None:
+        """Seed torch's generators for one forward pass from where it stands in the run, so that none is ever stored."""
+        torch.manual_seed(xxh3_64(f"{seed} {step} {self.rank} {micro_batch}".encode()))
 
     def backward_and_maybe_step(self, loss: Tensor) -> None:
         """Backward of one micro-batch; at the accumulation boundary reduce, clip and update.

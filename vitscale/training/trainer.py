@@ -46,8 +46,12 @@ class Plan:
     save_every_steps: int
     bad_images_max: float
     """Share of the images seen that may be bad; see bad_images.py."""
+    seed: int
+    """Of what is drawn on the device."""
     flops_per_image: float
     """Model FLOPs of forward and backward, without recomputation."""
+    recomputed_flops_per_image: float
+    """What the backward pass computes again."""
     peak_flops: float | None
     """Of one device; None where unknown."""
 
@@ -71,8 +75,9 @@ def train(
         meter = _Meter(engine)
         lr = lr_at_step(state.step)
         engine.set_lr(lr)
-        for _ in range(engine.accumulation_steps):
+        for micro_batch in range(engine.accumulation_steps):
             batch = meter.next_of(stream)
+            engine.seed_micro_batch(plan.seed, state.step, micro_batch)
             loss = objective(engine, batch.images_BHWC, batch.labels_B)
             meter.add(loss, batch)
             bad_images.add(state.step + 1, batch.bad_images)
@@ -140,6 +145,7 @@ class _Meter:
             "grad_norm": engine.grad_norm(),
             "images_per_s": images_per_s,
             "mfu": images_per_s * plan.flops_per_image / peak if peak else None,
+            "hfu": images_per_s * (plan.flops_per_image + plan.recomputed_flops_per_image) / peak if peak else None,
             "data_wait_s": wait_sum / engine.world,
             "step_s": step_s,
             "samples_hash": f"{engine.sum_modulo_2_64(self.samples_hash % (1 << 64)):016x}",

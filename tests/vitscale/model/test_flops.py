@@ -19,6 +19,10 @@ CONFIGS = [
         (16, 3, 10, {"norm": "post"}),
         (8, 2, 7, {"norm": "post", "projection_bias": False, "position": "sinusoidal"}),
         (12, 2, 3, {"projection_bias": False, "mlp_width": 5}),
+        (8, 2, 3, {"activation": "swiglu", "mlp_width": 7, "registers": 2, "layer_scale": 0.1, "position": "rotary"}),
+        (8, 2, 3, {"parallel": True, "qk_norm": True, "qkv_bias": False, "norm_kind": "rmsnorm", "pool": "average"}),
+        (8, 2, 3, {"pool": "map", "class_token": False, "activation": "swiglu", "norm_bias": False}),
+        (8, 2, 3, {"norm": "deepnorm", "pre_logits_width": 6, "prefix_positions": False, "position": "sincos2d_mae"}),
         (8, 2, 3, {"channels": 1, "pixel_mean": (0.5,), "pixel_std": (0.5,), "position": "sinusoidal"}),
     ]
 ]

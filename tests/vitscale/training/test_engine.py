@@ -11,13 +11,14 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from tests.helpers.ranks import run_ranks
 from vitscale.base.cluster import Cluster
+from vitscale.base.errors import EnvironmentFault
 from vitscale.config import Config, apply_overrides
 from vitscale.ds_config import DsConfig, resolve_ds_config
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.recipes.catalog import recipe_named
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from vitscale.training.engine import Engine
+from vitscale.training.engine import Engine, checkpoint_function
 from vitscale.training.objective import Objective
 from vitscale.training.optim import make_optimizer
 from vitscale.training.partitions import consolidate
@@ -30,10 +31,10 @@ CELLS = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1
 TOLERANCE = {"fp32": 2e-6, "bf16": 6e-4}
 
 
-def settings(stage: int, precision: str, world: int) -> tuple[Config, DsConfig]:
+def settings(stage: int, precision: str, world: int, **sections: dict) -> tuple[Config, DsConfig]:
     overrides = [f"train.precision={precision}", "optim.micro_batch_max=16", "model.depth=2"]
     config = apply_overrides(recipe_named("digits"), overrides)
-    record = {"zero_optimization": {"stage": stage}, "vitscale": {"recompute": "all"}}
+    record = {"zero_optimization": {"stage": stage}, "vitscale": {"recompute": "all"}, **sections}
     return config, resolve_ds_config(record, config=config, world=world)
 
 
@@ -44,7 +45,7 @@ def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make(config: Config, ds: DsConfig) -> Engine:
-    model = VisionTransformer(config.model, recompute=ds.recompute)
+    model = VisionTransformer(config.model, recompute=ds.recompute, checkpoint_function=checkpoint_function(ds, CPU))
     initialise(model, seed=0)
     return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=CPU)
 
@@ -132,6 +133,56 @@ def test_every_stage_trains_like_bare_torch_and_resumes_bit_for_bit(world, tmp_p
         assert cell["resumed"] == cell["losses"][3:], f"{where}: the restored engine went another way"
         assert cell["same_as_deepspeed"] in (None, True), f"{where}: the partition maps give other weights than DeepSpeed"
         assert all(other[stage, precision]["losses"] == cell["losses"] for other in by_rank), f"{where}: ranks disagree"
+
+
+WAYS = {
+    "selective": {"vitscale": {"recompute": "selective"}},
+    "deepspeed": {"activation_checkpointing": {"synchronize_checkpoint_boundary": True}},
+}
+
+
+def all_ways(cluster: Cluster) -> dict:
+    losses = {}
+    for way, sections in WAYS.items():
+        for stage in (0, 1, 2) if way == "selective" else (0, 1, 2, 3):
+            config, ds = settings(stage, "fp32", cluster.world, **sections)
+            engine = make(config, ds)
+            losses[way, stage] = run(engine, config, range(STEPS))
+            engine.close()
+    return losses
+
+
+@pytest.mark.slow
+def test_every_way_to_recompute_trains_like_bare_torch():
+    reference = bare_torch()
+    for (way, stage), results in run_ranks(2, all_ways)[0].items():
+        for (loss, norm), (loss_reference, norm_reference) in zip(results, reference, strict=True):
+            assert loss == pytest.approx(loss_reference, rel=TOLERANCE["fp32"]), (way, stage)
+            assert norm == pytest.approx(norm_reference, rel=30 * TOLERANCE["fp32"]), (way, stage)
+
+
+def test_checkpointing_in_host_memory_needs_an_accelerator():
+    _, ds = settings(2, "fp32", 1, activation_checkpointing={"cpu_checkpointing": True})
+    with pytest.raises(EnvironmentFault, match="cpu_checkpointing needs an accelerator"):
+        checkpoint_function(ds, CPU)
+
+
+def draws(cluster: Cluster) -> list[list[float]]:
+    config, ds = settings(2, "fp32", cluster.world)
+    engine = make(config, ds)
+    rows = []
+    for seed, step, micro_batch in [(1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (1, 2, 0)]:
+        engine.seed_micro_batch(seed, step, micro_batch)
+        rows.append(torch.rand(3).tolist())
+    return rows
+
+
+@pytest.mark.slow
+def test_generators_are_keyed_by_seed_step_rank_and_micro_batch():
+    by_rank = run_ranks(2, draws)
+    for rows in by_rank:
+        assert rows[0] == rows[4] and len({tuple(row) for row in rows}) == 4
+    assert by_rank[0][0] != by_rank[1][0]
 
 
 def poisoned(cluster: Cluster, place: Path) -> dict:

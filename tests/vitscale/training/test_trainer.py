@@ -21,7 +21,9 @@ PLAN = Plan(
     eval_every_steps=2,
     save_every_steps=3,
     bad_images_max=0.25,
+    seed=5,
     flops_per_image=1e9,
+    recomputed_flops_per_image=0.5e9,
     peak_flops=None,
 )
 SCORES = Scores(images=5, top1=0.5, top5=1.0, loss=0.25)
@@ -61,6 +63,7 @@ class World:
         self, *, accumulation: int = 2, skipped_steps: tuple[int, ...] = (), ranks: int = 1, bad: tuple[int, ...] = ()
     ) -> None:
         self.acts: list[Any] = []
+        self.seeds: list[tuple[int, int, int]] = []
         self.lines: list[dict[str, Any]] = []
         self.saved: list[TrainState] = []
         self.rank, self.world = 0, ranks
@@ -77,6 +80,9 @@ class World:
 
     def set_lr(self, lr: float) -> None:
         self.acts.append(("lr", lr))
+
+    def seed_micro_batch(self, seed: int, step: int, micro_batch: int) -> None:
+        self.seeds.append((seed, step, micro_batch))
 
     def backward_and_maybe_step(self, loss: Tensor) -> None:
         self.micro_batches += 1
@@ -242,6 +248,7 @@ def test_a_line_tells_what_the_step_measured(monkeypatch):
             "grad_norm": 7.0,
             "images_per_s": 12 / 5,
             "mfu": (12 / 5) * 1e9 / (3 * 2e9),  # all images of the step over the peak of all devices
+            "hfu": (12 / 5) * 1.5e9 / (3 * 2e9),  # with what is computed again
             "data_wait_s": 2.0,  # one second for each of two micro-batches
             "step_s": 5.0,
             "samples_hash": f"{(1 << 64) - 19:016x}",  # (-10) + (-9) modulo 2^64
@@ -250,6 +257,12 @@ def test_a_line_tells_what_the_step_measured(monkeypatch):
             "at_unix_s": 1234.5,
         }
     ]
+
+
+def test_every_micro_batch_is_seeded_by_where_it_stands():
+    world = World()
+    run(world)
+    assert world.seeds == [(PLAN.seed, step, micro_batch) for step in range(4) for micro_batch in range(2)]
 
 
 def test_mfu_is_null_where_the_peak_is_unknown():
