@@ -51,9 +51,10 @@ class ModelConfig:
     mlp_width: int | None = None
     """D_ff; None: 4 * width, as the seed has it."""
     channels: int = 3
-    norm: Literal["pre", "post", "deepnorm"] = "pre"
+    norm: Literal["pre", "post", "deepnorm", "respost"] = "pre"
     """post: LayerNorm(z + f(z)) and no final norm, the seed to the letter; pre: the papers and all public weights;
-    deepnorm: post with LayerNorm(alpha z + f(z)), alpha = (2L)^(1/4), for deep post-norm (Wang et al. 2022, DeepNet)."""
+    deepnorm: post with LayerNorm(alpha z + f(z)), alpha = (2L)^(1/4), for deep post-norm (Wang et al. 2022, DeepNet);
+    respost: z + LayerNorm(f(z)) and a final norm (Liu et al. 2022, Swin v2 section 3.2; timm's ResPostBlock)."""
     norm_kind: Literal["layernorm", "rmsnorm"] = "layernorm"
     """rmsnorm: no centring and no bias (Zhang & Sennrich 2019)."""
     norm_bias: bool = True
@@ -168,7 +169,7 @@ class ModelConfig:
     @property
     def is_post_norm(self) -> bool:
         """Norms stand after the sums, and there is no final one."""
-        return self.norm != "pre"
+        return self.norm in ("post", "deepnorm")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
         ("optim.warmup=true", "optim.warmup: expected a whole number or a text, got True"),
         ("model.mlp_width=wide", "model.mlp_width: expected a whole number or null, got 'wide'"),
         ("model.projection_bias=1", "model.projection_bias: expected true or false, got 1"),
-        ("model.norm=pst", "model.norm: expected one of 'pre', 'post', 'deepnorm', got 'pst'; did you mean 'post'"),
+        ("model.norm=pst", "model.norm: expected one of 'pre', 'post', 'deepnorm', 'respost', got 'pst'; did you mean 'post'"),
         ("train.precision=16", "train.precision: expected one of 'fp32', 'bf16', got 16"),
         ("data.window=fll", "data.window: expected a whole number or 'full', got 'fll'"),
         ("model.pixel_mean=0.5", "model.pixel_mean: expected a list, each item a number, got 0.5"),

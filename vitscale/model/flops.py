@@ -117,6 +117,6 @@ def recomputed_flops(model: ModelConfig, recompute: Recompute, *, kept: float = 
     assert isinstance(recompute, int)
     blocks = -(-model.depth // recompute)
     last = (
-        0 if model.is_post_norm or model.layer_scale is not None else 2 * model.tokens * model.feedforward_width * model.width
+        0 if model.norm != "pre" or model.layer_scale is not None else 2 * model.tokens * model.feedforward_width * model.width
     )
     return round(blocks * (block_flops(model) - last) * kept)

@@ -105,6 +105,7 @@ class Block(nn.Module):
 
     post-norm (the seed)            Z' = LN1(Z + MSA(Z));          out = LN2(Z' + FFN(Z'))
     deepnorm                        Z' = LN1(alpha Z + MSA(Z));    out = LN2(alpha Z' + FFN(Z')),  alpha = (2L)^(1/4)
+    respost   (Swin v2)             Z' = Z + LN1(MSA(Z));          out = Z' + LN2(FFN(Z'))
     pre-norm  (ViT, public weights) Z' = Z + MSA(LN1(Z));          out = Z' + FFN(LN2(Z'))
     parallel                        out = Z + MSA(LN1(Z)) + FFN(LN1(Z)), or LN1(alpha Z + MSA(Z) + FFN(Z))
     LayerScale multiplies MSA(.) and FFN(.).
@@ -112,6 +113,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.placement = config.norm
         self.is_post_norm = config.is_post_norm
         self.alpha = (2 * config.depth) ** 0.25 if config.norm == "deepnorm" else 1.0
         scaled = config.layer_scale is not None
@@ -139,13 +141,18 @@ class Block(nn.Module):
     def _sublayer(
         self, z_BND: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], kept: Kept | None, which: int
     ) -> Tensor:
-        """z + f(norm(z)), or norm(alpha z + f(z)), with f computed for the kept images alone and scaled up for them."""
-        before = branch if self.is_post_norm else lambda x_BND: branch(norm(x_BND))
+        """z + f(norm(z)), z + norm(f(z)), or norm(alpha z + f(z)).
+
+        f is computed for the kept images alone, and scaled up for them.
+        """
+        inner = {"pre": lambda x_BND: branch(norm(x_BND)), "respost": lambda x_BND: norm(branch(x_BND))}.get(
+            self.placement, branch
+        )
         residual_BND = z_BND if self.alpha == 1.0 else self.alpha * z_BND
         if kept is None:
-            sum_BND = residual_BND + before(z_BND)
+            sum_BND = residual_BND + inner(z_BND)
         else:
             chosen = kept[which]
-            part = before(z_BND.index_select(0, chosen))
+            part = inner(z_BND.index_select(0, chosen))
             sum_BND = residual_BND.index_add(0, chosen, part.to(residual_BND.dtype), alpha=z_BND.shape[0] / chosen.shape[0])
         return norm(sum_BND) if self.is_post_norm else sum_BND

@@ -94,6 +94,9 @@ def formula_logits(image_CHW: Tensor, p: dict[str, Tensor], c: ModelConfig) -> T
             z = z + attended(y, p, b, c) + fed(y, p, f"{b}.mlp", c) * gamma
         elif c.parallel:
             z = normed(alpha * z + attended(z, p, b, c) + fed(z, p, f"{b}.mlp", c) * gamma, p, f"{b}.norm1", c)
+        elif c.norm == "respost":
+            z = z + normed(attended(z, p, b, c), p, f"{b}.norm1", c)
+            z = z + normed(fed(z, p, f"{b}.mlp", c) * gamma, p, f"{b}.norm2", c)
         elif c.norm == "pre":
             z = z + attended(normed(z, p, f"{b}.norm1", c), p, b, c)
             z = z + fed(normed(z, p, f"{b}.norm2", c), p, f"{b}.mlp", c) * gamma
@@ -102,7 +105,7 @@ def formula_logits(image_CHW: Tensor, p: dict[str, Tensor], c: ModelConfig) -> T
             z = normed(alpha * z + fed(z, p, f"{b}.mlp", c) * gamma, p, f"{b}.norm2", c)
 
     def final(y: Tensor) -> Tensor:
-        return normed(y, p, "norm", c) if c.norm == "pre" else y
+        return normed(y, p, "norm", c) if c.norm in ("pre", "respost") else y
 
     if c.pool == "class":
         pooled = final(z)[0]
@@ -126,6 +129,7 @@ def formula_logits(image_CHW: Tensor, p: dict[str, Tensor], c: ModelConfig) -> T
 
 VARIANTS = [
     {"norm": "deepnorm", "depth": 3},
+    {"norm": "respost", "layer_scale": 0.5},
     {"norm_kind": "rmsnorm", "qk_norm": True},
     {"norm_bias": False, "qkv_bias": False},
     {"qk_norm": True, "parallel": True},

@@ -16,6 +16,7 @@ VARIANTS = [
     {},
     {"norm": "post"},
     {"norm": "deepnorm"},
+    {"norm": "respost"},
     {"parallel": True},
     {"parallel": True, "norm": "post"},
     {"qk_norm": True},
@@ -57,7 +58,9 @@ def test_policies_keep_what_their_names_say():
     assert none > selective > every_other > all_blocks
 
 
-@pytest.mark.parametrize("more", [{}, {"norm": "post"}, {"parallel": True}, {"layer_scale": 0.1}, {"activation": "swiglu"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"norm": "post"}, {"norm": "respost"}, {"parallel": True}, {"layer_scale": 0.1}, {"activation": "swiglu"}]
+)
 @pytest.mark.parametrize("recompute", [0, 1, 3, "selective"])
 def test_recomputed_operations_are_those_torch_counts(more, recompute):
     c = config(**more)
