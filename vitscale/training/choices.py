@@ -36,6 +36,8 @@ def choose_attention(
     """
     if wanted == TORCH or (wanted == MEASURED and device.type == "cpu"):
         pin_kernel(None)
+        if wanted == MEASURED and rank == 0:
+            say("attention kernel: torch's own; nothing is measured on a CPU")
         return None
     kernel, sentence = from_rank_zero(
         _decide(run, wanted, shape_BHNK=shape_BHNK, dtype=dtype, device=device) if rank == 0 else None
