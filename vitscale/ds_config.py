@@ -94,7 +94,7 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
 
     mechanism, precision = _precision(record, stage=stage, config=config)
-    recompute = _recompute(record, depth=config.model.depth, stage=stage)
+    recompute = _recompute(record, depth=config.model.depth)
     attention = _one_of(record, "attention", ATTENTION_VALUES)
     compile_blocks = _compile(record, stage=stage, recompute=recompute)
     record |= {
@@ -248,7 +248,7 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
     return "bf16 weights, fp32 masters and accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def _recompute(record: dict[str, Any], *, depth: int, stage: int) -> Recompute:
+def _recompute(record: dict[str, Any], *, depth: int) -> Recompute:
     section = record.setdefault("vitscale", {})
     value = section.setdefault("recompute", "none")
     if value == "none":
@@ -256,11 +256,6 @@ def _recompute(record: dict[str, Any], *, depth: int, stage: int) -> Recompute:
     if value == "all":
         return 1
     if value == "selective":
-        if stage == 3:
-            raise UsageError(
-                "vitscale.recompute=selective is not offered at ZeRO stage 3, where gradients came out wrong in the fourth "
-                "digit (docs/log.md); set vitscale.recompute to all or a number, or zero_optimization.stage to 0, 1 or 2"
-            )
         return "selective"
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= depth:
         return value

@@ -144,7 +144,7 @@ WAYS = {
 def all_ways(cluster: Cluster) -> dict:
     losses = {}
     for way, sections in WAYS.items():
-        for stage in (0, 1, 2) if way == "selective" else (0, 1, 2, 3):
+        for stage in (0, 1, 2, 3):
             config, ds = settings(stage, "fp32", cluster.world, **sections)
             engine = make(config, ds)
             losses[way, stage] = run(engine, config, range(STEPS))
