@@ -10,6 +10,7 @@ be stacked ("scan"): Transformer/encoderblock/... with a leading axis of depth.
 P patch size   C channels   D width   H heads   K = D/H   M width of the feed-forward
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def to_jax(weights: Weights, *, scheme: str = "big_vision", prefix: str = "", sc
         put(f"{ours}.weight", {f"{theirs}/scale": t[f"{ours}.weight"]})
         put(f"{ours}.bias", {f"{theirs}/bias": t[f"{ours}.bias"]})
 
-    def attention(ours: dict[str, tuple[str, ...]], out: str, theirs: str) -> None:
+    def attention(ours: Mapping[str, tuple[str, ...]], out: str, theirs: str) -> None:
         H, K, D = model.heads, model.head_width, model.width
         for name, parts in ours.items():
             kernels = t[f"{name}.weight"].chunk(len(parts))
@@ -155,7 +156,7 @@ def from_jax(arrays: dict[str, Tensor], *, origin: str = "npz weights") -> Weigh
     def norm(ours: str, theirs: str) -> None:
         t[f"{ours}.weight"], t[f"{ours}.bias"] = take(f"{theirs}/scale", 1), take(f"{theirs}/bias", 1)
 
-    def attention(ours: dict[str, tuple[str, ...]], out: str, theirs: str) -> None:
+    def attention(ours: Mapping[str, tuple[str, ...]], out: str, theirs: str) -> None:
         for name, parts in ours.items():
             t[f"{name}.weight"] = torch.cat([take(f"{theirs}/{part}/kernel", 3).flatten(1).T for part in parts])
             t[f"{name}.bias"] = torch.cat([take(f"{theirs}/{part}/bias", 2).flatten() for part in parts])

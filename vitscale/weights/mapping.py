@@ -93,7 +93,7 @@ def grouped(rows: Iterable[Row]) -> list[str]:
         theirs = " + ".join(row.theirs)
         number = int(found[1]) if found else -1
         if found:
-            theirs = re.sub(rf"(?<![0-9]){number}(?=[./])", "{i}", theirs, count=0)
+            theirs = re.sub(rf"(layers?\.|blocks\.|encoderblock_){number}(?=[./])", r"\1{i}", theirs)
         ours = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", row.ours)
         blocks.setdefault((ours, theirs, row.how), set()).add(number)
     return [

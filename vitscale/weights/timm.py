@@ -141,7 +141,7 @@ def from_timm(tensors: dict[str, Tensor], description: dict[str, Any], *, origin
         channels=C,
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         qk_norm="blocks.0.attn.q_norm.weight" in tensors,
-        activation=activation,
+        activation=activation,  # type: ignore[arg-type]  # one of two, checked above
         layer_scale=(arguments.get("init_values") or 1e-5) if "blocks.0.ls1.gamma" in tensors else None,
         class_token=has_class,
         registers=registers,
