@@ -13,7 +13,11 @@ from vitscale.config import Config
 def main() -> None:
     parser = training_parser("Fine-tune pretrained weights with a new head; the same command again resumes the run.")
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="RUN|WEIGHTS", help="RUN, RUN@STEP or a .safetensors file"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="RUN|WEIGHTS",
+        help="RUN, RUN@STEP, .safetensors, .npz, or a directory of timm or Hugging Face",
     )
     args = parser.parse_intermixed_args()
 

@@ -9,16 +9,18 @@ from vitscale.config import from_record
 from vitscale.training.checkpoint import RECORD, newest_valid, verify
 from vitscale.training.partitions import consolidate
 from vitscale.training.rundir import CONFIG
-from vitscale.weights.native import Weights, load_weights
+from vitscale.weights.foreign import identity_of_foreign, is_foreign, load_any
+from vitscale.weights.native import Weights
 
 
 def load_weights_of(text: str) -> Weights:
-    """Weights by name: RUN, RUN@STEP, or a .safetensors file written by launch/export.py.
+    """Weights by name: RUN, RUN@STEP, a .safetensors file of launch/export.py, or weights of timm,
+    Hugging Face (a directory) or JAX (an .npz).
 
     From a run, the newest checkpoint that verifies (or the named step) is put together in host memory.
     """
-    if text.endswith(".safetensors"):
-        return load_weights(Path(text))
+    if text.endswith(".safetensors") or is_foreign(Path(text)):
+        return load_any(Path(text))
     run, step_directory, record = find_trained(text)
     config = from_record(json.loads((run / CONFIG).read_text()), origin=str(run / CONFIG))
     meta = {
@@ -32,6 +34,8 @@ def load_weights_of(text: str) -> Weights:
 
 def identity_of(text: str) -> str:
     """A sha256 that stands for the weights `load_weights_of` would give: of the file, or of the checkpoint's record."""
+    if is_foreign(Path(text)) and Path(text).exists():
+        return identity_of_foreign(Path(text))
     if text.endswith(".safetensors"):
         if not Path(text).is_file():
             raise EnvironmentFault(f"expected weights at {text}, found no such file")

@@ -59,7 +59,7 @@ HOMES = {
         "data_pipeline.source",
         "data_pipeline.sources",
     ],
-    "safetensors": ["vitscale.weights.native"],
+    "safetensors": ["vitscale.weights.native", "vitscale.weights.foreign"],
     "simplejpeg": ["data_pipeline.jpeg"],
     "sklearn": ["data_pipeline.sources.digits"],
     "tensorboard": ["vitscale.training.metrics"],
