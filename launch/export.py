@@ -2,21 +2,17 @@
 
 from pathlib import Path
 
-import torch
-
 from launch.arguments import Parser
+from launch.certificate import IMAGES, our_logits, sentence
 from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.model.flops import parameters
-from vitscale.model.vit import VisionTransformer
 from vitscale.weights.foreign import identity_of_foreign, load_any, save_directory, save_npz
 from vitscale.weights.huggingface import preprocessor, to_huggingface
 from vitscale.weights.jax import to_jax
 from vitscale.weights.mapping import Foreign, grouped
 from vitscale.weights.native import Weights, save_weights
 from vitscale.weights.timm import to_timm
-
-CERTIFICATE_IMAGES = 8
 
 
 def main() -> None:
@@ -39,7 +35,7 @@ def main() -> None:
     weights = load_weights_of(args.source)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     foreign = write(args.to, weights, args.format, args.scheme)
-    difference = (fixed_logits(weights) - fixed_logits(load_any(args.to))).abs().max().item()
+    difference = (our_logits(weights) - our_logits(load_any(args.to))).abs().max().item()
     # A fold adds numbers that were apart, so the last bits of a sum may differ; a copy may not.
     if difference > (1e-4 if foreign is not None and foreign.folds else 0):
         raise EnvironmentFault(
@@ -50,7 +46,9 @@ def main() -> None:
     print(f"{args.to}: step {step} of {source}, {parameters(weights.model):,} parameters, sha256 {identity}")
     if foreign is not None:
         print("\n".join([*grouped(foreign.rows), *(f"fold: {fold}" for fold in foreign.folds)]))
-    print(f"certificate: loaded again; logits of {CERTIFICATE_IMAGES} fixed images differ by at most {difference}")
+    print(f"certificate: loaded again; logits of {IMAGES} fixed images differ by at most {difference}")
+    if foreign is not None:
+        print(sentence(args.to, args.format, weights))
 
 
 def check_scheme(format_name: str, scheme: str | None) -> None:
@@ -76,17 +74,6 @@ def write(path: Path, weights: Weights, format_name: str, scheme: str | None) ->
         foreign = to_jax(weights, scheme=scheme, prefix=prefix, scan=scan and scheme == "big_vision")
         save_npz(path, foreign.tensors)
     return foreign
-
-
-@torch.no_grad()
-def fixed_logits(weights: Weights) -> torch.Tensor:
-    """Logits of the model for a batch of seeded noise, in float32."""
-    model = VisionTransformer(weights.model)
-    model.load_state_dict(weights.tensors)
-    generator = torch.Generator().manual_seed(0)
-    size = weights.model.image_size
-    images_BCHW = torch.randn(CERTIFICATE_IMAGES, weights.model.channels, size, size, generator=generator)
-    return model.eval()(images_BCHW)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,10 @@ def find_trained(text: str) -> tuple[Path, Path, dict]:
     name, at, step = text.partition("@")
     run = Path(name)
     if not (run / CONFIG).is_file():
-        raise EnvironmentFault(f"expected a run directory or a .safetensors file at {name}, found no {CONFIG} there")
+        raise EnvironmentFault(
+            f"expected a run directory, a .safetensors or .npz file, or a directory of timm or Hugging Face at {name}, "
+            f"found no {CONFIG} there"
+        )
     checkpoints = run / "checkpoints"
     if not at:
         return run, *newest_valid(checkpoints)

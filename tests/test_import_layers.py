@@ -19,7 +19,8 @@ PACKAGES = ("vitscale", "data_pipeline", "launch")
 # (without rings) or from a lower one.
 LAYERS = [
     ["launch"],
-    ["launch.command", "launch.peers", "launch.bench_loader"],
+    ["launch.command", "launch.bench_loader", "launch.certificate"],
+    ["launch.peers"],
     ["launch.assemble"],
     ["launch.trained", "launch.datasets"],
     ["launch.arguments"],
@@ -63,16 +64,19 @@ HOMES = {
     "simplejpeg": ["data_pipeline.jpeg"],
     "sklearn": ["data_pipeline.sources.digits"],
     "tensorboard": ["vitscale.training.metrics"],
-    "timm": ["launch.peers"],
+    "timm": ["launch.certificate", "launch.peers"],
     "torch": [*PACKAGES],
     "torch.utils.tensorboard": ["vitscale.training.metrics"],
     "torchvision": ["launch.peers"],
+    "transformers": ["launch.certificate"],
     "tqdm": ["vitscale.base.progress"],
     "webdataset": ["data_pipeline.write", "launch.peers"],
     "xxhash": ["vitscale.base.files"],
 }
 # Imports inside a function, each with its reason in the code beside it.
 LATE = {
+    ("launch.certificate", "timm"),
+    ("launch.certificate", "transformers"),
     ("data_pipeline.sources.digits", "sklearn.datasets"),
     ("launch.peers", "timm.data"),
     ("launch.peers", "torchvision"),

@@ -143,5 +143,5 @@ def resize_patch_kernel(kernel_DCPP: Tensor, patch_size: int, *, dialect: str) -
         assert dialect == "pi_bilinear", dialect
         resized = F.interpolate(basis_11PP, size=size, mode="bilinear", align_corners=False, antialias=False)
     resize_old_new = resized.reshape(P * P, -1).double()
-    kernel = kernel_DCPP.reshape(D * C, P * P).double() @ torch.linalg.pinv(resize_old_new.T).T
+    kernel = kernel_DCPP.reshape(D * C, P * P).double() @ torch.linalg.pinv(resize_old_new).T
     return kernel.to(kernel_DCPP.dtype).reshape(D, C, patch_size, patch_size)

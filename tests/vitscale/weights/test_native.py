@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.config import ModelConfig
-from vitscale.model.position import resize_positions
+from vitscale.model.position import resize_patch_kernel, resize_positions
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.weights.native import Weights, fit_to, load_weights, save_weights
 
@@ -127,6 +127,25 @@ def test_another_image_size_resamples_learned_positions_only():
     VisionTransformer(config(position="sinusoidal", image_size=20)).load_state_dict(
         fit_to(fixed, config(position="sinusoidal", image_size=20))
     )
+
+
+@pytest.mark.parametrize(("resize", "dialect"), [("bicubic_antialias", "pi_bicubic"), ("zoom_linear", "pi_bilinear")])
+def test_other_patches_get_the_kernel_and_the_positions_resized(resize, dialect):
+    weights = weights_of(config(image_size=16))
+    fitted = fit_to(weights, config(image_size=16, patch_size=8, position_resize=resize))
+    kernel = weights.tensors["patch_embed.proj.weight"].reshape(12, 3, 4, 4)
+    expected = resize_patch_kernel(kernel, 8, dialect=dialect).reshape(12, -1)
+    assert torch.equal(fitted["patch_embed.proj.weight"], expected)
+    assert fitted["pos_embed"].shape == (1, 5, 12)
+    VisionTransformer(config(image_size=16, patch_size=8)).load_state_dict(fitted)
+
+
+def test_a_flat_patch_enlarged_gives_the_same_token():
+    """The law of pi-resize, where it is exact: what is constant over a patch stays so when the patch grows."""
+    kernel = torch.randn(6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for dialect in ("pi_bicubic", "pi_bilinear"):
+        grown = resize_patch_kernel(kernel, 8, dialect=dialect)
+        torch.testing.assert_close(grown.sum((2, 3)), kernel.sum((2, 3)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
