@@ -19,8 +19,9 @@ from launch.arguments import Parser
 from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.progress import progress
-from vitscale.insight.attention_maps import attention_maps, attention_rollout
 from vitscale.insight.figures import AttentionRow, draw_attention
+from vitscale.insight.look import look
+from vitscale.insight.rollout import attention_rollout, gradient_rollout
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer
 from vitscale.weights.native import Weights
@@ -80,7 +81,6 @@ def read_view(path: Path, weights: Weights) -> np.ndarray:
         raise EnvironmentFault(f"{path} cannot be read as an image ({error}); name another file") from None
 
 
-@torch.no_grad()
 def attention_rows(weights: Weights, images: Sequence[np.ndarray], *, names: Sequence[str]) -> list[AttentionRow]:
     """What the figure shows of each image, computed one image at a time: the maps of all layers are large."""
     config = weights.model
@@ -90,17 +90,19 @@ def attention_rows(weights: Weights, images: Sequence[np.ndarray], *, names: Seq
     for image_HWC, name in zip(progress(images, total=len(images), what="attention", unit="img"), names, strict=True):
         images_BHWC_u8 = torch.from_numpy(np.ascontiguousarray(image_HWC))[None]
         images_BCHW = normalise_pixels(images_BHWC_u8, config.pixel_mean, config.pixel_std, torch.float32)
-        maps = attention_maps(model, images_BCHW)
+        seen = look(model, images_BCHW)
+        probability, label = torch.softmax(seen.logits_BC, dim=-1).max(dim=1)
         caption = name
         if weights.classes:
-            probability, label = model.predict_proba(images_BCHW)[0].max(dim=0)
             caption = f"{100 * float(probability):.0f} %  {weights.classes[int(label)]}"
         rows.append(
             AttentionRow(
                 image_HWC=image_HWC,
                 caption=caption,
-                heads_HN=maps[config.depth - 1][0, :, 0].numpy(),
-                rollout_N=attention_rollout(maps)[0].numpy(),
+                heads_HN=seen.last_BHN[0].numpy(),
+                rollout_N=attention_rollout(seen.start_BN, seen.mean_BNN)[0].numpy(),
+                gradient_N=gradient_rollout(model, images_BCHW, label)[0].numpy(),
+                grid=(seen.rows, seen.columns),
             )
         )
     return rows

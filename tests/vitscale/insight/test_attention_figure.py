@@ -40,27 +40,49 @@ def brightest_patch(panel: np.ndarray, *, grid: int = 4) -> int:
 def test_each_panel_is_brightest_at_the_patch_that_is_looked_at(tmp_path, image_size):
     black = np.zeros((image_size, image_size, 3), np.uint8)
     rows = [
-        AttentionRow(image_HWC=black, caption="x", heads_HN=np.stack([one_patch(3)] * 4), rollout_N=one_patch(8)),
-        AttentionRow(image_HWC=black, caption="y" * 99, heads_HN=np.stack([one_patch(6)] * 4), rollout_N=one_patch(1)),
+        AttentionRow(
+            grid=(4, 4),
+            gradient_N=one_patch(9),
+            image_HWC=black,
+            caption="x",
+            heads_HN=np.stack([one_patch(3)] * 4),
+            rollout_N=one_patch(8),
+        ),
+        AttentionRow(
+            grid=(4, 4),
+            gradient_N=one_patch(9),
+            image_HWC=black,
+            caption="y" * 99,
+            heads_HN=np.stack([one_patch(6)] * 4),
+            rollout_N=one_patch(1),
+        ),
     ]
     draw_attention(tmp_path / "a.png", rows)
     figure = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(float)
     step = figures.PANEL_INCHES + figures.GAP_INCHES
     for row, (last, rollout) in enumerate([(3, 8), (6, 1)]):
-        where = [figures.MARGIN_INCHES + column * step for column in range(4)]
-        image, class_token, through_all = (
-            panel_of(figure, left_inches=left, size_inches=figures.PANEL_INCHES, row=row) for left in where[:3]
+        where = [figures.MARGIN_INCHES + column * step for column in range(5)]
+        image, class_token, through_all, gradient = (
+            panel_of(figure, left_inches=left, size_inches=figures.PANEL_INCHES, row=row) for left in where[:4]
         )
         assert image[5:-5, 5:-5].max() == 0
         assert brightest_patch(class_token) == last and brightest_patch(through_all) == rollout
-        head = panel_of(figure, left_inches=where[3], size_inches=(figures.PANEL_INCHES - figures.GAP_INCHES / 2) / 2, row=row)
+        assert brightest_patch(gradient) == 9
+        head = panel_of(figure, left_inches=where[4], size_inches=(figures.PANEL_INCHES - figures.GAP_INCHES / 2) / 2, row=row)
         assert brightest_patch(head) == last
 
 
 @pytest.mark.parametrize("heads", [1, 3, 16])
 def test_any_number_of_heads_fits_on_the_page(tmp_path, heads):
     gray = np.full((224, 224, 3), 90, np.uint8)
-    row = AttentionRow(image_HWC=gray, caption="", heads_HN=np.stack([one_patch(5)] * heads), rollout_N=one_patch(5))
+    row = AttentionRow(
+        grid=(4, 4),
+        gradient_N=one_patch(9),
+        image_HWC=gray,
+        caption="",
+        heads_HN=np.stack([one_patch(5)] * heads),
+        rollout_N=one_patch(5),
+    )
     draw_attention(tmp_path / "a.png", [row])
     figure = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     margin = math.floor(figures.MARGIN_INCHES * figures.DOTS_PER_INCH) - 2
@@ -70,7 +92,14 @@ def test_any_number_of_heads_fits_on_the_page(tmp_path, heads):
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):
-    row = AttentionRow(image_HWC=np.zeros((8, 8, 3), np.uint8), caption="", heads_HN=one_patch(0)[None], rollout_N=one_patch(0))
+    row = AttentionRow(
+        grid=(4, 4),
+        gradient_N=one_patch(9),
+        image_HWC=np.zeros((8, 8, 3), np.uint8),
+        caption="",
+        heads_HN=one_patch(0)[None],
+        rollout_N=one_patch(0),
+    )
     with pytest.raises(EnvironmentFault, match="absent"):
         draw_attention(tmp_path / "absent" / "a.png", [row])
 
