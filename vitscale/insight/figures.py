@@ -105,10 +105,23 @@ def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
                 0.03, 0.96, str(head), size=4.5, color="white", ha="left", va="top", transform=axes.transAxes, path_effects=RIM
             )
     _legend(figure, left=lefts[1], width=width, height=height)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG on white. Raises EnvironmentFault when it cannot be written."""
     try:
-        figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+        figure.savefig(path, dpi=DOTS_PER_INCH, format="png", facecolor="white")
     except OSError as error:
         raise EnvironmentFault(f"the figure cannot be written to {path} ({error}); give a directory with room") from None
+
+
+def save_picture(path: Path, picture_HWC: np.ndarray) -> None:
+    """Write pixels as PNG. Raises EnvironmentFault when they cannot be written."""
+    try:
+        Image.fromarray(picture_HWC).save(path, format="PNG")
+    except OSError as error:
+        raise EnvironmentFault(f"the picture cannot be written to {path} ({error}); give a directory with room") from None
 
 
 def _legend(figure: Figure, *, left: float, width: float, height: float) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitscale.insight.attention_maps import attention_of, chunks, watched
+from vitscale.model.attention import Watch
 from vitscale.model.vit import VisionTransformer
 
 
@@ -59,7 +60,7 @@ def _from_the_head(model: VisionTransformer, z_BND: Tensor, labels_B: Tensor) ->
     """(row_BN to start from, gradient of the chosen logits with respect to the last tokens)."""
     z_BND = z_BND.detach().requires_grad_()
     relevance = _Relevance()
-    watches = {} if model.attn_pool is None else {model.attn_pool: relevance.watch}
+    watches: dict[nn.Module, Watch] = {} if model.attn_pool is None else {model.attn_pool: relevance.watch}
     with torch.enable_grad(), watched(watches):
         x_BD = model.pooled(z_BND)
         logits_BC = model.head(x_BD if model.pre_logits is None else torch.tanh(model.pre_logits(x_BD)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +136,16 @@ def test_the_command_writes_one_figure_of_all_and_one_of_each(tmp_path, weights_
     assert [len(rows) for _, rows in drawn] == [2, 1, 1]
     row = drawn[0][1][0]
     assert row.caption == "95 %  dog"  # softmax of (0, 3)
-    assert row.heads_HN.shape == (3, 17) and row.rollout_N.shape == (17,) and row.image_HWC.shape == (16, 16, 3)
+    assert row.heads_HN.shape == (3, 17) and row.rollout_N.shape == (17,) and row.image_HWC.shape == (672, 672, 3)
     np.testing.assert_allclose([*row.heads_HN.sum(axis=1), row.rollout_N.sum()], 1, atol=1e-6)
 
 
 def test_the_command_leaves_pictures(tmp_path, weights_path):
     main(["--from", str(weights_path), "--images", str(save_image(tmp_path / "a.png")), "--out", str(tmp_path / "x" / "y")])
-    assert [path.name for path in (tmp_path / "x" / "y").iterdir()] == ["attention.png"]
+    names = sorted(path.name for path in (tmp_path / "x" / "y").iterdir())
+    assert names == ["attention.png", "depth.png", "heads-00-a.png", "index.html"]
+    page = (tmp_path / "x" / "y" / "index.html").read_text()
+    assert not re.search(r"@@|(src|href)=\"?(?!data:)[a-z]*:?//", page), "nothing is fetched and nothing is left unfilled"
     assert Image.open(tmp_path / "x" / "y" / "attention.png").format == "PNG"
 
 
