@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = VisionTransformer(weights.model).eval()
     model.load_state_dict(weights.tensors)
     model.requires_grad_(False)
-    views = [
-        view_of(model, weights, path) for path in progress(paths, total=len(paths), what="attention", unit="img")
-    ]
+    views = [view_of(model, weights, path) for path in progress(paths, total=len(paths), what="attention", unit="img")]
     out = given.out
     try:
         out.mkdir(parents=True, exist_ok=True)

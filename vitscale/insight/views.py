@@ -71,7 +71,9 @@ def view_model(model: VisionTransformer, description: str) -> ModelView:
     )
 
 
-def view_image(model: VisionTransformer, image_BCHW: Tensor, picture_HWC: np.ndarray, *, name: str, caption: Caption) -> ImageView:
+def view_image(
+    model: VisionTransformer, image_BCHW: Tensor, picture_HWC: np.ndarray, *, name: str, caption: Caption
+) -> ImageView:
     """Look at one image (a batch of one). `picture_HWC` is the same view in any resolution."""
     seen = look(model, image_BCHW)
     probability, label = torch.softmax(seen.logits_BC, dim=-1).max(dim=1)
