@@ -22,9 +22,9 @@ from launch.arguments import Parser
 from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.progress import progress
-from vitscale.insight.figures import draw_attention, save_figure, save_picture
+from vitscale.insight.figures import draw_attention, save_figure
 from vitscale.insight.page import PICTURE_SIDE_MAX, write_page
-from vitscale.insight.plots import draw_depth, grid_of_heads
+from vitscale.insight.plots import draw_depth, draw_heads
 from vitscale.insight.views import ImageView, view_image, view_model
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"{number:02d}-{Path(view.name).stem}.png"
         if len(views) > 1:
             draw_attention(out / f"attention-{name}", [view.row])
-        save_picture(out / f"heads-{name}", grid_of_heads(view))
+        save_figure(out / f"heads-{name}", draw_heads(view, described))
     save_figure(out / "depth.png", draw_depth(views, described))
     write_page(out / "index.html", views, described)
     print(f"{len(views)} images: {out / 'index.html'} and pictures beside it")
@@ -68,8 +68,8 @@ def description_of(weights: Weights, source: str) -> str:
     """One line about the model, for the page."""
     model = weights.model
     return (
-        f"{source}: ViT of width {model.width}, {model.depth} layers, {model.heads} heads, patches of {model.patch_size} pixels "
-        f"on {model.image_size}; {model.norm}-norm, pooling {model.pool}, {model.prefix_tokens} tokens before the patches"
+        f"{source}: ViT of width {model.width}, {model.depth} layers, {model.heads} heads, patches of {model.patch_size} px "
+        f"on {model.image_size}; {model.norm}-norm, pooling {model.pool}, tokens before the patches: {model.prefix_tokens}"
     )
 
 

@@ -96,13 +96,22 @@ def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
         text(lefts[0], below, _shortened(row.caption), size=6.5, colour=INK)
         for left, attention_N in ((lefts[1], mean_N), (lefts[2], row.rollout_N), (lefts[3], row.gradient_N)):
             panel(left, top, PANEL_INCHES, overlay(image_HWC, attention_N, row.grid))
-            text(left, below, _peak(attention_N, row.grid), size=6, colour=FAINT)
+            words = "relative; for the most probable class" if attention_N is row.gradient_N else _peak(attention_N, row.grid)
+            text(left, below, words, size=6, colour=FAINT)
         for head, attention_N in enumerate(row.heads_HN):
             line, column = divmod(head, per_row)
             small = head_inches + GAP_INCHES / 2
             axes = panel(lefts[4] + column * small, top + line * small, head_inches, overlay(image_HWC, attention_N, row.grid))
             axes.text(
-                0.03, 0.96, str(head), size=4.5, color="white", ha="left", va="top", transform=axes.transAxes, path_effects=RIM
+                0.03,
+                0.96,
+                str(head + 1),
+                size=4.5,
+                color="white",
+                ha="left",
+                va="top",
+                transform=axes.transAxes,
+                path_effects=RIM,
             )
     _legend(figure, left=lefts[1], width=width, height=height)
     save_figure(path, figure)
@@ -116,14 +125,6 @@ def save_figure(path: Path, figure: Figure) -> None:
         raise EnvironmentFault(f"the figure cannot be written to {path} ({error}); give a directory with room") from None
 
 
-def save_picture(path: Path, picture_HWC: np.ndarray) -> None:
-    """Write pixels as PNG. Raises EnvironmentFault when they cannot be written."""
-    try:
-        Image.fromarray(picture_HWC).save(path, format="PNG")
-    except OSError as error:
-        raise EnvironmentFault(f"the picture cannot be written to {path} ({error}); give a directory with room") from None
-
-
 def _legend(figure: Figure, *, left: float, width: float, height: float) -> None:
     bottom, bar_inches, thin = 0.12, PANEL_INCHES / 2, 0.05
     axes = figure.add_axes((left / width, bottom / height, bar_inches / width, thin / height))
@@ -135,8 +136,7 @@ def _legend(figure: Figure, *, left: float, width: float, height: float) -> None
 
 
 def _peak(attention_N: np.ndarray, grid: tuple[int, int]) -> str:
-    share_N = attention_N / max(float(attention_N.sum()), 1e-30)
-    return f"largest patch {100 * patches_of(share_N, grid).max():.2f} %, uniform {100 / len(attention_N):.2f} %"
+    return f"largest patch {100 * patches_of(attention_N, grid).max():.2f} %, uniform {100 / len(attention_N):.2f} %"
 
 
 def _shortened(words: str) -> str:

@@ -42,7 +42,7 @@ def write_page(path: Path, views: Sequence[ImageView], model: ModelView) -> None
         "ASKING": html.escape(model.asking.lower()),
         "DEPTH": svg_of(draw_depth(views, model)),
         "IMAGES": str(len(views)),
-        "SQUARES": "each patch" if pool == 1 else f"squares of {pool} × {pool} patches",
+        "SQUARES": "each patch" if pool == 1 else f"squares of {pool} &times; {pool} patches",
         "OUTLIERS": ", ".join(str(n) for n in np.sum([view.outliers_L for view in views], axis=0)),
         "FILTERS": f'<img alt="patch filters" src="{png(filters_picture(model))}">',
         "SHARES": f"{len(model.filter_shares_F)} components, {100 * model.filter_shares_F.sum():.0f} % of the variance",

@@ -1,5 +1,7 @@
 """The page without its numbers; page.py fills what stands between @@."""
 
+# ruff: noqa: E501, RUF001
+
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Attention</title>
@@ -10,7 +12,7 @@ TEMPLATE = """<!doctype html>
 body { margin: 0 auto; max-width: 1120px; padding: 36px 24px 64px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 Charter, "Bitstream Charter", Georgia, "DejaVu Serif", serif }
 h1 { font-size: 26px; font-weight: 600; margin: 0 } h2 { font-size: 17px; font-weight: 600; margin: 44px 0 10px }
-.small, figcaption { font-size: 13px; color: var(--faint); margin: 8px 0 0; max-width: 76ch }
+.small, figcaption { font-size: 13px; color: var(--faint); margin: 8px 0 0; max-width: 92ch }
 .thumbs { display: flex; gap: 8px; flex-wrap: wrap; margin: 22px 0 16px }
 .thumbs button { padding: 0; border: 2px solid transparent; background: none; cursor: pointer; line-height: 0 }
 .thumbs img { width: 72px; height: 72px; object-fit: cover } .thumbs [aria-pressed=true] { border-color: var(--mark) }
@@ -50,7 +52,7 @@ canvas { width: 100%; display: block } #large { cursor: crosshair; touch-action:
 <figure>@@DEPTH@@<figcaption>Means over the @@IMAGES@@ images of this page. Left: mean attention distance of each head (dots) and
 their mean (line), weights over patches renormalised, distances between patch centres (Dosovitskiy et al. 2021, fig. 7). Middle: entropy of the
 patches' rows, mean of each head. Right: norm of the tokens behind each block, logarithmic (Darcet et al. 2024). Tokens with more than
-three times the median norm of the patches of their image, by layer: @@OUTLIERS@@.</figcaption></figure>
+three times the median norm of the patches of their image, all images together, by layer: @@OUTLIERS@@.</figcaption></figure>
 <h2>Parameters</h2>
 <div class=two><figure>@@POSITIONS@@<figcaption>Cosine similarity of the position embedding of each patch, at its place, with those of all patches;
 from −1 (dark) to 1 (bright) (Dosovitskiy et al. 2021, fig. 7, centre).</figcaption></figure>
@@ -96,13 +98,13 @@ function chosen(i) {
   if (at.patch >= 0) { const R = i.rows / i.pool, C = i.columns / i.pool, l = Math.min(at.layer, maps / (R * C) - 1)
     return [row(i.m, l * R * C + at.patch, R, C), `patch in row ${Math.floor(at.patch / C) + 1}, column ${at.patch % C + 1}; layer ${D.layers[l]}, mean over heads`] }
   if (what === 'rollout') return [row(i.t, 0, i.rows, i.columns), 'rollout through all layers']
-  if (what === 'gradient') return [row(i.t, 1, i.rows, i.columns), 'gradient rollout for the most probable class (relative)']
+  if (what === 'gradient') return [row(i.t, 1, i.rows, i.columns), 'gradient rollout for the most probable class']
   return at.head < 0 ? [meanRow(i, at.layer), `${D.asking}, layer ${D.layers[at.layer]}, mean over heads`]
     : [headRow(i, at.layer, at.head), `${D.asking}, layer ${D.layers[at.layer]}, head ${at.head + 1}`] }
 function large() { const i = D.images[at.image], [r, words] = chosen(i), most = paint($('large'), i, r)
   const heads = i.distance[at.layer], of = $('what').value === 'asking' && at.patch < 0 && at.head >= 0 && heads
   $('words').textContent = `${i.caption}. ${words[0].toUpperCase() + words.slice(1)}` + (of ? `; all patches of this head: distance ${heads[at.head]} px, entropy ${i.entropy[at.layer][at.head]} nats.` : '.')
-  $('most').textContent = r ? `${(100 * most).toPrecision(3)} % (largest patch; uniform ${(100 / i.tokens).toPrecision(2)} %)` : '–'
+  $('most').textContent = r && $('what').value === 'gradient' && at.patch < 0 ? 'the largest patch; relevance has no unit' : r ? `${(100 * most).toPrecision(3)} % (largest patch; uniform ${(100 / i.tokens).toPrecision(2)} %)` : '–'
   if (r && at.patch >= 0) { const g = $('large').getContext('2d'), w = SIDE / r.columns, h = SIDE / r.rows
     g.strokeStyle = '#fff'; g.lineWidth = 1.5; g.strokeRect(at.patch % r.columns * w + 1, Math.floor(at.patch / r.columns) * h + 1, w - 2, h - 2) } }
 function all() { const i = D.images[at.image]

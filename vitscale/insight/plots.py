@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from vitscale.insight.figures import COLORMAP, DOTS_PER_INCH, INK, overlay
+from vitscale.insight.figures import COLORMAP, DOTS_PER_INCH, FAINT, INK, overlay
 from vitscale.insight.views import ImageView, ModelView
 
 BLUE, ORANGE = "#3b76af", "#d07b2f"
@@ -52,6 +53,9 @@ def draw_depth(views: Sequence[ImageView], model: ModelView) -> Figure:
     if model.prefix:
         right.plot(depth, norms_ILN[:, :, 0].mean(axis=0), color=ORANGE, linewidth=1, label="first prefix token")
     right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.yaxis.set_minor_formatter(NullFormatter())
     _quiet(right, "token norm")
     right.legend(frameon=False, fontsize=6.5, labelcolor=INK)
     figure.tight_layout(w_pad=2)
@@ -65,7 +69,7 @@ def _quiet(axes: Axes, label: str) -> None:
     for spine in axes.spines.values():
         spine.set(color=INK, linewidth=0.6)
     axes.tick_params(which="both", labelsize=7, color=INK, labelcolor=INK, width=0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.patch.set_alpha(0)
 
 
@@ -79,19 +83,32 @@ def svg_of(figure: Figure) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
-def grid_of_heads(view: ImageView, *, side: int = 96, gap: int = 4) -> np.ndarray:
-    """Layers from top to bottom, heads from left to right: overlays of the asking rows, uint8 H,W,3 on white."""
+def draw_heads(view: ImageView, model: ModelView) -> Figure:
+    """Layers from top to bottom, heads from left to right: overlays of the asking rows, each to its own largest patch."""
     L, H, _ = view.asking_LHN.shape
-    step = max(1, view.row.image_HWC.shape[0] // side)
-    small_HWC = view.row.image_HWC[::step, ::step]
-    height, width = small_HWC.shape[:2]
-    sheet = np.full((L * (height + gap) - gap, H * (width + gap) - gap, 3), 255, np.uint8)
+    inches, gap, margin, foot = 0.8, 0.04, 0.42, 0.42
+    width, height = margin + H * (inches + gap) + 0.1, margin + L * (inches + gap) + foot
+    figure = Figure(figsize=(max(width, 3.2), height), dpi=DOTS_PER_INCH, facecolor="white")
+    FigureCanvasAgg(figure)
+    width = max(width, 3.2)
+    small_HWC = view.row.image_HWC[:: max(1, view.row.image_HWC.shape[0] // 224), :: max(1, view.row.image_HWC.shape[1] // 224)]
     for layer in range(L):
+        y = height - margin - layer * (inches + gap) - inches
+        figure.text((margin - 0.07) / width, (y + inches / 2) / height, model.layer_names[layer], size=7, color=INK, ha="right")
         for head in range(H):
-            top, left = layer * (height + gap), head * (width + gap)
-            tile = overlay(small_HWC, view.asking_LHN[layer, head], view.row.grid)
-            sheet[top : top + height, left : left + width] = (255 * tile).round()
-    return sheet
+            x = margin + head * (inches + gap)
+            axes = figure.add_axes((x / width, y / height, inches / width, inches / height))
+            axes.imshow(overlay(small_HWC, view.asking_LHN[layer, head], view.row.grid), interpolation="antialiased")
+            axes.set_axis_off()
+            if layer == 0:
+                figure.text(
+                    (x + inches / 2) / width, (y + inches + 0.06) / height, str(head + 1), size=7, color=INK, ha="center"
+                )
+    figure.text(margin / width, 1 - 0.08 / height, "head", size=7, color=FAINT, va="top")
+    figure.text(0.1 / width, (height - margin) / height, "layer", size=7, color=FAINT, va="top", rotation=90)
+    words = f"{model.asking}: attention to the patches,\n0 to the largest patch of each panel (inferno)"
+    figure.text(margin / width, 0.06 / height, words, size=6.5, color=FAINT, va="bottom")
+    return figure
 
 
 def position_picture(model: ModelView) -> np.ndarray | None:
