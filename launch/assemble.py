@@ -5,6 +5,7 @@ require_cache  the same time: what the datasets need of the cache is there
 carry_out      start the ranks, make the engine, restore, train, evaluate, mark as finished
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from vitscale.base.errors import UsageError
 from vitscale.config import Config, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
+from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.model.compile import compile_blocks
 from vitscale.model.flops import recomputed_flops, train_flops
 from vitscale.model.vit import VisionTransformer, initialise, kept_images
 from vitscale.planning.peaks import peak_flops_of
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.choices import choose_attention
-from vitscale.training.engine import Engine, checkpoint_function, leave_ranks, start_ranks
+from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import Objective
 from vitscale.training.optim import lr_at, make_optimizer
@@ -73,7 +75,10 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
     warmup = steps("optim.warmup", config.optim.warmup, total)
     if warmup > total:
         raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
-    watch = {name: steps(f"run.{name}", getattr(config.run, name), total) for name in ("log_every", "eval_every", "save_every")}
+    watch = {
+        name: steps(f"run.{name}", getattr(config.run, name), total)
+        for name in ("log_every", "eval_every", "save_every", "attention_every")
+    }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
     kept = sum(kept_images(micro, rate) / micro for rate in rates) / len(rates)
     plan = Plan(
@@ -82,6 +87,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         log_every_steps=watch["log_every"],
         eval_every_steps=watch["eval_every"],
         save_every_steps=watch["save_every"],
+        attention_every_steps=watch["attention_every"],
         bad_images_max=config.data.bad_images_max,
         seed=config.train.seed,
         flops_per_image=train_flops(config.model, kept=kept),
@@ -188,6 +194,9 @@ def carry_out(job: Job) -> None:
         evaluate=evaluate if job.eval_data is not None else None,
         save=save,
         metrics=metrics,
+        watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
+        if job.plan.attention_every_steps
+        else None,
     )
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
@@ -212,6 +221,25 @@ Say = Callable[[str], None]
 
 def _silent(sentence: str) -> None:
     """What the other ranks say."""
+
+
+def watched_images(job: Job) -> torch.Tensor:
+    """The first images of the evaluation data, else of the training data, on every rank: BHWC of uint8. Collective."""
+    images_BHWC = None
+    if job.cluster.rank == 0:
+        stream = eval_stream(
+            job.eval_data or job.train_data[0],
+            data=dataclasses.replace(job.config.data, workers=0),
+            augment=job.config.augment,
+            image_size=job.config.model.image_size,
+            micro_batch=IMAGES,
+            rank=0,
+            world=1,
+        )
+        batch = next(iter(stream))
+        images_BHWC = batch.images_BHWC[batch.counted_B].clone()
+        stream.close()
+    return from_rank_zero(images_BHWC)
 
 
 def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any]:

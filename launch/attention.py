@@ -1,9 +1,12 @@
-"""Show what a model looks at: DIR/attention.png with a row per image, and DIR/attention-NN-NAME.png for each alone.
+"""Show what a model looks at: DIR/index.html, one page that needs nothing else, and pictures for print.
 
     python launch/attention.py --from RUN|WEIGHTS --images PATH... --out DIR
 
-A row: the image as the model sees it, the attention of the class token in the last layer, rollout through all layers,
-and each head of the last layer. A directory given to --images stands for its first 16 images by name.
+index.html               every layer and head, rollouts, what each patch attends to, curves over depth, parameters
+attention.png            a row per image: last layer, rollout, gradient rollout, each head; attention-NN-NAME.png: one alone
+heads-NN-NAME.png        all layers (from top to bottom) and heads of one image
+depth.png                attention distance, entropy and token norms over depth
+A directory given to --images stands for its first 16 images by name. docs/attention.md says what each picture means.
 """
 
 from collections.abc import Sequence
@@ -19,8 +22,10 @@ from launch.arguments import Parser
 from launch.trained import load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.progress import progress
-from vitscale.insight.attention_maps import attention_maps, attention_rollout
-from vitscale.insight.figures import AttentionRow, draw_attention
+from vitscale.insight.figures import draw_attention, save_figure
+from vitscale.insight.page import PICTURE_SIDE_MAX, write_page
+from vitscale.insight.plots import draw_depth, draw_heads
+from vitscale.insight.views import ImageView, view_image, view_model
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer
 from vitscale.weights.native import Weights
@@ -38,19 +43,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     paths = image_paths(given.images)
     weights = load_weights_of(given.source)
-    images = [read_view(path, weights) for path in paths]
+    model = VisionTransformer(weights.model).eval()
+    model.load_state_dict(weights.tensors)
+    model.requires_grad_(False)
+    views = [view_of(model, weights, path) for path in progress(paths, total=len(paths), what="attention", unit="img")]
+    out = given.out
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentFault(
-            f"expected a directory to write to at --out {given.out}, got {error}; name another one"
-        ) from None
-    rows = attention_rows(weights, images, names=[path.name for path in paths])
-    draw_attention(given.out / "attention.png", rows)
-    if len(rows) > 1:
-        for number, (path, row) in enumerate(zip(paths, rows, strict=True)):
-            draw_attention(given.out / f"attention-{number:02d}-{path.stem}.png", [row])
-    print(f"{len(rows)} images: {given.out / 'attention.png'}")
+        raise EnvironmentFault(f"expected a directory to write to at --out {out}, got {error}; name another one") from None
+    described = view_model(model, description_of(weights, given.source))
+    draw_attention(out / "attention.png", [view.row for view in views])
+    for number, view in enumerate(views):
+        name = f"{number:02d}-{Path(view.name).stem}.png"
+        if len(views) > 1:
+            draw_attention(out / f"attention-{name}", [view.row])
+        save_figure(out / f"heads-{name}", draw_heads(view, described))
+    save_figure(out / "depth.png", draw_depth(views, described))
+    write_page(out / "index.html", views, described)
+    print(f"{len(views)} images: {out / 'index.html'} and pictures beside it")
+
+
+def description_of(weights: Weights, source: str) -> str:
+    """One line about the model, for the page."""
+    model = weights.model
+    return (
+        f"{source}: ViT of width {model.width}, {model.depth} layers, {model.heads} heads, patches of {model.patch_size} px "
+        f"on {model.image_size}; {model.norm}-norm, pooling {model.pool}, tokens before the patches: {model.prefix_tokens}"
+    )
 
 
 def image_paths(given: Sequence[Path]) -> list[Path]:
@@ -71,39 +91,27 @@ def image_paths(given: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def read_view(path: Path, weights: Weights) -> np.ndarray:
-    """The image as evaluation sees it: image_size,image_size,3 of uint8."""
+def view_of(model: VisionTransformer, weights: Weights, path: Path) -> ImageView:
+    """Everything shown of one image: what evaluation sees of it, drawn at a higher resolution where the file has it."""
+    config = weights.model
+    view_HWC = read_view(path, weights, config.image_size)
+    sharp = max(1, PICTURE_SIDE_MAX // config.image_size) * config.image_size
+    images_BHWC_u8 = torch.from_numpy(np.ascontiguousarray(view_HWC))[None]
+    images_BCHW = normalise_pixels(images_BHWC_u8, config.pixel_mean, config.pixel_std, torch.float32)
+
+    def caption(label: int, probability: float) -> str:
+        return f"{100 * probability:.0f} %  {weights.classes[label]}" if weights.classes else path.name
+
+    return view_image(model, images_BCHW, read_view(path, weights, sharp), name=path.name, caption=caption)
+
+
+def read_view(path: Path, weights: Weights, image_size: int) -> np.ndarray:
+    """The image as evaluation sees it, at any size: image_size,image_size,3 of uint8."""
     try:
         augment = AugmentConfig(eval_crop=weights.eval_crop)
-        return eval_view(decode(path.read_bytes()), augment=augment, image_size=weights.model.image_size)
+        return eval_view(decode(path.read_bytes()), augment=augment, image_size=image_size)
     except (BadImage, OSError) as error:
         raise EnvironmentFault(f"{path} cannot be read as an image ({error}); name another file") from None
-
-
-@torch.no_grad()
-def attention_rows(weights: Weights, images: Sequence[np.ndarray], *, names: Sequence[str]) -> list[AttentionRow]:
-    """What the figure shows of each image, computed one image at a time: the maps of all layers are large."""
-    config = weights.model
-    model = VisionTransformer(config).eval()
-    model.load_state_dict(weights.tensors)
-    rows = []
-    for image_HWC, name in zip(progress(images, total=len(images), what="attention", unit="img"), names, strict=True):
-        images_BHWC_u8 = torch.from_numpy(np.ascontiguousarray(image_HWC))[None]
-        images_BCHW = normalise_pixels(images_BHWC_u8, config.pixel_mean, config.pixel_std, torch.float32)
-        maps = attention_maps(model, images_BCHW)
-        caption = name
-        if weights.classes:
-            probability, label = model.predict_proba(images_BCHW)[0].max(dim=0)
-            caption = f"{100 * float(probability):.0f} %  {weights.classes[int(label)]}"
-        rows.append(
-            AttentionRow(
-                image_HWC=image_HWC,
-                caption=caption,
-                heads_HN=maps[config.depth - 1][0, :, 0].numpy(),
-                rollout_N=attention_rollout(maps)[0].numpy(),
-            )
-        )
-    return rows
 
 
 if __name__ == "__main__":

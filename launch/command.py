@@ -172,6 +172,7 @@ def derived_table(job: Job) -> str:
         (
             "every",
             f"log {plan.log_every_steps}, evaluate {plan.eval_every_steps}, save {plan.save_every_steps} steps; "
+            f"{f'attention {plan.attention_every_steps} steps; ' if plan.attention_every_steps else ''}"
             f"keep the last {config.run.keep_last} checkpoints",
         ),
         *[("follows the command", f"{d.key}: {d.stored!r} -> {d.wanted!r}") for d in job.followed],

@@ -246,6 +246,8 @@ class RunConfig:
     log_every: int | str = watching(50)
     eval_every: int | str = watching("10%")
     save_every: int | str = watching("10%")
+    attention_every: int | str = watching(0)
+    """Attention of the first evaluation images (without any: of training images) to TensorBoard; 0: never."""
     keep_last: int = watching(2)
     """Checkpoints kept besides those of keep_every."""
     keep_every: int | str = watching(0)

@@ -256,7 +256,7 @@ KINDS = {
         augment.erase augment.erase_with
     """,
     "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
-    "watching": "run.log_every run.eval_every run.save_every run.keep_last run.keep_every",
+    "watching": "run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every",
 }
 
 

@@ -1,81 +1,99 @@
-"""What attention looks at, computed exactly beside the fast kernel, which never shows its weights.
+"""Maps of attention, computed beside the fast kernel, which never shows its weights; a few rows at a time.
 
-map       softmax(Q K^T / sqrt(K)) of one layer: row = the token that asks, column = the token that is looked at
-rollout   how much each input token flows into the final class token, through all layers and residuals
+map      A = softmax(Q K^T / sqrt(K)) of one layer and head: row = the token that asks, column = the token looked at
+chunk    some rows of one head's map: never more than CHUNK_NUMBERS_MAX numbers exist at once, unless a whole map is asked for
 
-B batch   H heads   N tokens (class token first)   K columns of a head   D width
+B batch   H heads   M some queries   N tokens (prefix first)   K columns of a head
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitscale.model.attention import Attention, Watch
 from vitscale.model.vit import VisionTransformer
 
-QUERIES_AT_ONCE = 1024
-"""Rows of a map computed together: bounds what is needed besides the maps themselves."""
+CHUNK_NUMBERS_MAX = 1 << 20
+"""Numbers of a chunk (4 MiB in float32); at least one row per image."""
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def chunks(q_BHNK: Tensor, k_BHNK: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """(head, queries, rows A_BMN) over the whole map, head after head, in float32 at least; each row sums to 1."""
+    B, H, N, K = q_BHNK.shape
+    dtype = torch.promote_types(q_BHNK.dtype, torch.float32)
+    at_once = max(1, CHUNK_NUMBERS_MAX // (B * k_BHNK.shape[2]))
+    for head in range(H):
+        q_BNK, k_BKN = q_BHNK[:, head].to(dtype), k_BHNK[:, head].to(dtype).transpose(1, 2)
+        for first in range(0, N, at_once):
+            queries = slice(first, min(N, first + at_once))
+            yield head, queries, torch.softmax(q_BNK[:, queries] @ k_BKN / math.sqrt(K), dim=-1)
+
+
+def whole_map(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
+    """All rows of all heads: BHNN, the one thing here whose memory grows with H N^2."""
+    B, H, N, _ = q_BHNK.shape
+    dtype = torch.promote_types(q_BHNK.dtype, torch.float32)
+    map_BHNN = torch.empty(B, H, N, k_BHNK.shape[2], dtype=dtype, device=q_BHNK.device)
+    for head, queries, rows_BMN in chunks(q_BHNK, k_BHNK):
+        map_BHNN[:, head, queries] = rows_BMN
+    return map_BHNN
+
+
+@contextmanager
+def watched(watches: Mapping[nn.Module, Watch]) -> Iterator[None]:
+    """Set the watch of attention modules, and take it away again whatever happens."""
+    modules = [cast(Attention, module) for module in watches]
+    try:
+        for module, watch in zip(modules, watches.values(), strict=True):
+            module.watch = watch
+        yield
+    finally:
+        for module in modules:
+            module.watch = None
+
+
+def attention_of(model: VisionTransformer, layer: int) -> nn.Module:
+    """The attention module of one block."""
+    return model.get_submodule(f"blocks.{layer}.attn")
 
 
 @torch.no_grad()
-def attention_maps(model: VisionTransformer, images_BCHW: Tensor, *, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-    """The attention of the asked layers (None: all; 0 is the first) in one ordinary forward pass: layer -> BHNN.
+def attention_maps(
+    model: VisionTransformer,
+    images_BCHW: Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> dict[int, Tensor]:
+    """Full maps of the asked layers and heads (None: all; 0 is the first) in one forward pass: layer -> BHNN.
 
-    Each map is recomputed from what its own layer was given, in float32 at least; a row sums to 1.
+    Memory: len(layers) len(heads) N^2 numbers per image; `look` keeps far less when a summary is enough.
     """
-    depth = len(model.blocks)
-    asked = range(depth) if layers is None else layers
-    if wrong := [layer for layer in asked if not 0 <= layer < depth]:
-        raise ValueError(f"there is no layer {wrong[0]} in a model of depth {depth}; layers are 0 to {depth - 1}")
+    depth, all_heads = model.config.depth, model.config.heads
+    asked_layers = range(depth) if layers is None else layers
+    asked_heads = list(range(all_heads)) if heads is None else list(heads)
+    for what, asked, count in (("layer", asked_layers, depth), ("head", asked_heads, all_heads)):
+        if wrong := [one for one in asked if not 0 <= one < count]:
+            of = f"of depth {depth}" if what == "layer" else f"with {all_heads} heads"
+            raise ValueError(f"there is no {what} {wrong[0]} in a model {of}; {what}s are 0 to {count - 1}")
     maps: dict[int, Tensor] = {}
 
     def watch(layer: int) -> Watch:
         def catch(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, out_BHNK: Tensor) -> None:
-            maps[layer] = _map_of(q_BHNK, k_BHNK)
+            maps[layer] = whole_map(q_BHNK[:, asked_heads], k_BHNK[:, asked_heads])
 
         return catch
 
-    modules = [cast(Attention, model.get_submodule(f"blocks.{layer}.attn")) for layer in asked]
-    for layer, module in zip(asked, modules, strict=True):
-        module.watch = watch(layer)
     was_training = model.training
     try:
-        model.eval()(images_BCHW)
+        with watched({attention_of(model, layer): watch(layer) for layer in asked_layers}):
+            model.eval()(images_BCHW)
     finally:
         model.train(was_training)
-        for module in modules:
-            module.watch = None
     return maps
-
-
-def _map_of(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
-    B, H, N, K = q_BHNK.shape
-    dtype = torch.promote_types(q_BHNK.dtype, torch.float32)
-    map_BHNN = torch.empty(B, H, N, N, dtype=dtype, device=q_BHNK.device)
-    for head in range(H):
-        q_BNK, k_BKN = q_BHNK[:, head].to(dtype), k_BHNK[:, head].to(dtype).transpose(1, 2)
-        for first in range(0, N, QUERIES_AT_ONCE):
-            rows = slice(first, first + QUERIES_AT_ONCE)
-            map_BHNN[:, head, rows] = torch.softmax(q_BNK[:, rows] @ k_BKN / math.sqrt(K), dim=-1)
-    return map_BHNN
-
-
-def attention_rollout(maps: Mapping[int, Tensor]) -> Tensor:
-    """Rollout of Abnar & Zuidema 2020 from the maps of all layers: BN, the row of the class token; it sums to 1.
-
-    A_l = mean over heads / 2 + I / 2 (half for the residual), rows normalised; rollout = row 0 of A_L ... A_2 A_1.
-    """
-    if sorted(maps) != list(range(len(maps))) or not maps:
-        raise ValueError(f"rollout needs the maps of all layers from 0 upwards, got layers {sorted(maps)}")
-    row_B1N: Tensor | None = None
-    # The class token's row alone is carried from the last layer down: products of a row, never of two N x N matrices.
-    for layer in sorted(maps, reverse=True):
-        mean_BNN = maps[layer].mean(dim=1)
-        with_residual_BNN = 0.5 * mean_BNN + 0.5 * torch.eye(mean_BNN.shape[-1], dtype=mean_BNN.dtype, device=mean_BNN.device)
-        flow_BNN = with_residual_BNN / with_residual_BNN.sum(dim=-1, keepdim=True)
-        row_B1N = flow_BNN[:, :1] if row_B1N is None else row_B1N @ flow_BNN
-    assert row_B1N is not None
-    return row_B1N[:, 0]

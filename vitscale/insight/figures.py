@@ -1,6 +1,6 @@
 """Attention as a picture: one row per image, ready for a paper.
 
-image | class token, last layer (mean over heads) | rollout through all layers | the heads of the last layer, one by one
+image | last layer (mean over heads) | rollout | gradient rollout | the heads of the last layer, one by one
 
 Overlays are scaled to their own largest patch, named below them beside what uniform attention would give.
 """
@@ -48,9 +48,15 @@ class AttentionRow:
     caption: str
     """Prediction or name."""
     heads_HN: np.ndarray
-    """Attention of the class token in the last layer, per head, over all N tokens (class token first); rows sum to 1."""
+    """The attention nearest to the head (`Look.last_BHN`), over all N tokens, patches last; rows sum to 1."""
     rollout_N: np.ndarray
-    """Rollout of the class token over all tokens; sums to 1."""
+    """Rollout over all tokens; sums to 1."""
+    gradient_N: np.ndarray
+    """Gradient rollout over all tokens, of any sum."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    asking: str = "Class token"
+    """Whose attention the last layer's is."""
 
 
 def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
@@ -62,7 +68,7 @@ def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
     step = PANEL_INCHES + GAP_INCHES
     head_inches = (PANEL_INCHES - (lines - 1) * GAP_INCHES / 2) / lines
     heads_inches = per_row * head_inches + (per_row - 1) * GAP_INCHES / 2
-    width = 2 * MARGIN_INCHES + 3 * step + heads_inches
+    width = 2 * MARGIN_INCHES + 4 * step + heads_inches
     height = MARGIN_INCHES + HEADING_INCHES + len(rows) * (PANEL_INCHES + CAPTION_INCHES) + LEGEND_INCHES
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
@@ -77,8 +83,8 @@ def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
     def text(left: float, top: float, words: str, *, size: float, colour: str, align: str = "left") -> None:
         figure.text(left / width, 1 - top / height, words, size=size, color=colour, ha=align, va="top", family="DejaVu Sans")
 
-    lefts = [MARGIN_INCHES + i * step for i in range(4)]
-    titles = ["Image", "Class token, last layer", "Rollout, all layers", f"{heads} heads, last layer"]
+    lefts = [MARGIN_INCHES + i * step for i in range(5)]
+    titles = ["Image", f"{rows[0].asking}, last layer", "Rollout", "Gradient rollout", f"{heads} heads, last layer"]
     for left, title in zip(lefts, titles, strict=True):
         text(left, MARGIN_INCHES, title, size=7.5, colour=INK)
     for number, row in enumerate(rows):
@@ -88,19 +94,33 @@ def draw_attention(path: Path, rows: Sequence[AttentionRow]) -> None:
         mean_N = row.heads_HN.mean(axis=0)
         panel(lefts[0], top, PANEL_INCHES, image_HWC)
         text(lefts[0], below, _shortened(row.caption), size=6.5, colour=INK)
-        for left, attention_N in ((lefts[1], mean_N), (lefts[2], row.rollout_N)):
-            panel(left, top, PANEL_INCHES, _overlay(image_HWC, attention_N))
-            text(left, below, _peak(attention_N), size=6, colour=FAINT)
+        for left, attention_N in ((lefts[1], mean_N), (lefts[2], row.rollout_N), (lefts[3], row.gradient_N)):
+            panel(left, top, PANEL_INCHES, overlay(image_HWC, attention_N, row.grid))
+            words = "relative; for the most probable class" if attention_N is row.gradient_N else _peak(attention_N, row.grid)
+            text(left, below, words, size=6, colour=FAINT)
         for head, attention_N in enumerate(row.heads_HN):
             line, column = divmod(head, per_row)
             small = head_inches + GAP_INCHES / 2
-            axes = panel(lefts[3] + column * small, top + line * small, head_inches, _overlay(image_HWC, attention_N))
+            axes = panel(lefts[4] + column * small, top + line * small, head_inches, overlay(image_HWC, attention_N, row.grid))
             axes.text(
-                0.03, 0.96, str(head), size=4.5, color="white", ha="left", va="top", transform=axes.transAxes, path_effects=RIM
+                0.03,
+                0.96,
+                str(head + 1),
+                size=4.5,
+                color="white",
+                ha="left",
+                va="top",
+                transform=axes.transAxes,
+                path_effects=RIM,
             )
     _legend(figure, left=lefts[1], width=width, height=height)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG on white. Raises EnvironmentFault when it cannot be written."""
     try:
-        figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+        figure.savefig(path, dpi=DOTS_PER_INCH, format="png", facecolor="white")
     except OSError as error:
         raise EnvironmentFault(f"the figure cannot be written to {path} ({error}); give a directory with room") from None
 
@@ -110,13 +130,13 @@ def _legend(figure: Figure, *, left: float, width: float, height: float) -> None
     axes = figure.add_axes((left / width, bottom / height, bar_inches / width, thin / height))
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=COLORMAP, aspect="auto")
     axes.set_axis_off()
-    words = "attention of the class token, from 0 to the largest patch of each panel"
+    words = "attention, from 0 to the largest patch of each panel"
     y = (bottom + thin / 2) / height
     figure.text((left + bar_inches + 0.08) / width, y, words, size=6, color=FAINT, ha="left", va="center")
 
 
-def _peak(attention_N: np.ndarray) -> str:
-    return f"largest patch {100 * attention_N[1:].max():.2f} %, uniform {100 / len(attention_N):.2f} %"
+def _peak(attention_N: np.ndarray, grid: tuple[int, int]) -> str:
+    return f"largest patch {100 * patches_of(attention_N, grid).max():.2f} %, uniform {100 / len(attention_N):.2f} %"
 
 
 def _shortened(words: str) -> str:
@@ -129,12 +149,16 @@ def _enlarged(image_HWC: np.ndarray) -> np.ndarray:
     return image_HWC.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _overlay(image_HWC: np.ndarray, attention_N: np.ndarray) -> np.ndarray:
-    """The image in gray under the attention to its patches: float H,W,3 in 0..1."""
+def patches_of(attention_N: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The patches' part of a row of attention, laid out as in the image: rows, columns."""
+    return attention_N[-grid[0] * grid[1] :].reshape(grid)
+
+
+def overlay(image_HWC: np.ndarray, attention_N: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The image in gray under the attention to its patches: float H,W,3 in 0..1; the largest patch has the brightest colour."""
     height, width = image_HWC.shape[:2]
-    grid = math.isqrt(len(attention_N) - 1)
-    patches = attention_N[1:].reshape(grid, grid).astype(np.float32)
-    smooth = Image.fromarray(patches / max(float(patches.max()), 1e-12)).resize((width, height), Image.Resampling.BICUBIC)
+    patches = patches_of(attention_N, grid).astype(np.float32)
+    smooth = Image.fromarray(patches / max(float(patches.max()), 1e-30)).resize((width, height), Image.Resampling.BICUBIC)
     colour_HWC = COLORMAP(np.asarray(smooth).clip(0, 1))[..., :3]
     gray_HW1 = (image_HWC @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     return OVERLAY * colour_HWC + (1 - OVERLAY) * gray_HW1

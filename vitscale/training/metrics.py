@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from vitscale.base.files import write_bytes, write_json
@@ -71,6 +72,12 @@ class Metrics:
         self.say(
             f"evaluated after step {step}: top-1 {scores['top1']:.2%}, loss {scores['loss']:.4f}, {scores['images']} images"
         )
+
+    def log_attention(self, step: int, picture_HWC: np.ndarray, scalars: dict[str, float]) -> None:
+        """What attention looks like after `step` steps, to TensorBoard alone: one picture (uint8) and numbers per block."""
+        self._board.add_image("attention/image, last layer, rollout", picture_HWC, step, dataformats="HWC")
+        for name, value in scalars.items():
+            self._board.add_scalar(f"attention_{name}", value, step)
 
     def log_events(self, events: list[dict[str, Any]]) -> None:
         """Events in their order, each with its "step" and "event"; on the disk when this returns."""

@@ -54,6 +54,8 @@ class Plan:
     """What the backward pass computes again."""
     peak_flops: float | None
     """Of one device; None where unknown."""
+    attention_every_steps: int = 0
+    """Matters only where `train` is given `watch_attention`."""
 
 
 def train(
@@ -67,6 +69,7 @@ def train(
     evaluate: Callable[[], Scores] | None,
     save: Callable[[TrainState], None],
     metrics: Metrics | None,
+    watch_attention: Callable[[int], None] | None = None,
 ) -> None:
     """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
     engine.train()
@@ -100,6 +103,9 @@ def train(
             engine.train()
             if metrics is not None:
                 metrics.log_eval(state.step, scores.as_record())
+        if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
+            watch_attention(state.step)
+            engine.train()
         if is_saved:
             save(state)
 

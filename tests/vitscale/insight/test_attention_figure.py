@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,27 +41,49 @@ def brightest_patch(panel: np.ndarray, *, grid: int = 4) -> int:
 def test_each_panel_is_brightest_at_the_patch_that_is_looked_at(tmp_path, image_size):
     black = np.zeros((image_size, image_size, 3), np.uint8)
     rows = [
-        AttentionRow(image_HWC=black, caption="x", heads_HN=np.stack([one_patch(3)] * 4), rollout_N=one_patch(8)),
-        AttentionRow(image_HWC=black, caption="y" * 99, heads_HN=np.stack([one_patch(6)] * 4), rollout_N=one_patch(1)),
+        AttentionRow(
+            grid=(4, 4),
+            gradient_N=one_patch(9),
+            image_HWC=black,
+            caption="x",
+            heads_HN=np.stack([one_patch(3)] * 4),
+            rollout_N=one_patch(8),
+        ),
+        AttentionRow(
+            grid=(4, 4),
+            gradient_N=one_patch(9),
+            image_HWC=black,
+            caption="y" * 99,
+            heads_HN=np.stack([one_patch(6)] * 4),
+            rollout_N=one_patch(1),
+        ),
     ]
     draw_attention(tmp_path / "a.png", rows)
     figure = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(float)
     step = figures.PANEL_INCHES + figures.GAP_INCHES
     for row, (last, rollout) in enumerate([(3, 8), (6, 1)]):
-        where = [figures.MARGIN_INCHES + column * step for column in range(4)]
-        image, class_token, through_all = (
-            panel_of(figure, left_inches=left, size_inches=figures.PANEL_INCHES, row=row) for left in where[:3]
+        where = [figures.MARGIN_INCHES + column * step for column in range(5)]
+        image, class_token, through_all, gradient = (
+            panel_of(figure, left_inches=left, size_inches=figures.PANEL_INCHES, row=row) for left in where[:4]
         )
         assert image[5:-5, 5:-5].max() == 0
         assert brightest_patch(class_token) == last and brightest_patch(through_all) == rollout
-        head = panel_of(figure, left_inches=where[3], size_inches=(figures.PANEL_INCHES - figures.GAP_INCHES / 2) / 2, row=row)
+        assert brightest_patch(gradient) == 9
+        head = panel_of(figure, left_inches=where[4], size_inches=(figures.PANEL_INCHES - figures.GAP_INCHES / 2) / 2, row=row)
         assert brightest_patch(head) == last
 
 
 @pytest.mark.parametrize("heads", [1, 3, 16])
 def test_any_number_of_heads_fits_on_the_page(tmp_path, heads):
     gray = np.full((224, 224, 3), 90, np.uint8)
-    row = AttentionRow(image_HWC=gray, caption="", heads_HN=np.stack([one_patch(5)] * heads), rollout_N=one_patch(5))
+    row = AttentionRow(
+        grid=(4, 4),
+        gradient_N=one_patch(9),
+        image_HWC=gray,
+        caption="",
+        heads_HN=np.stack([one_patch(5)] * heads),
+        rollout_N=one_patch(5),
+    )
     draw_attention(tmp_path / "a.png", [row])
     figure = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     margin = math.floor(figures.MARGIN_INCHES * figures.DOTS_PER_INCH) - 2
@@ -70,7 +93,14 @@ def test_any_number_of_heads_fits_on_the_page(tmp_path, heads):
 
 
 def test_a_figure_that_cannot_be_written_is_named(tmp_path):
-    row = AttentionRow(image_HWC=np.zeros((8, 8, 3), np.uint8), caption="", heads_HN=one_patch(0)[None], rollout_N=one_patch(0))
+    row = AttentionRow(
+        grid=(4, 4),
+        gradient_N=one_patch(9),
+        image_HWC=np.zeros((8, 8, 3), np.uint8),
+        caption="",
+        heads_HN=one_patch(0)[None],
+        rollout_N=one_patch(0),
+    )
     with pytest.raises(EnvironmentFault, match="absent"):
         draw_attention(tmp_path / "absent" / "a.png", [row])
 
@@ -106,13 +136,16 @@ def test_the_command_writes_one_figure_of_all_and_one_of_each(tmp_path, weights_
     assert [len(rows) for _, rows in drawn] == [2, 1, 1]
     row = drawn[0][1][0]
     assert row.caption == "95 %  dog"  # softmax of (0, 3)
-    assert row.heads_HN.shape == (3, 17) and row.rollout_N.shape == (17,) and row.image_HWC.shape == (16, 16, 3)
+    assert row.heads_HN.shape == (3, 17) and row.rollout_N.shape == (17,) and row.image_HWC.shape == (672, 672, 3)
     np.testing.assert_allclose([*row.heads_HN.sum(axis=1), row.rollout_N.sum()], 1, atol=1e-6)
 
 
 def test_the_command_leaves_pictures(tmp_path, weights_path):
     main(["--from", str(weights_path), "--images", str(save_image(tmp_path / "a.png")), "--out", str(tmp_path / "x" / "y")])
-    assert [path.name for path in (tmp_path / "x" / "y").iterdir()] == ["attention.png"]
+    names = sorted(path.name for path in (tmp_path / "x" / "y").iterdir())
+    assert names == ["attention.png", "depth.png", "heads-00-a.png", "index.html"]
+    page = (tmp_path / "x" / "y" / "index.html").read_text()
+    assert not re.search(r"@@|(src|href)=\"?(?!data:)[a-z]*:?//", page), "nothing is fetched and nothing is left unfilled"
     assert Image.open(tmp_path / "x" / "y" / "attention.png").format == "PNG"
 
 

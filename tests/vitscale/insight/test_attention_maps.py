@@ -1,4 +1,4 @@
-"""The maps are the attention the model used; rollout is the published product."""
+"""The maps are the attention the model used."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from vitscale.config import ModelConfig
 from vitscale.insight import attention_maps as module_under_test
-from vitscale.insight.attention_maps import attention_maps, attention_rollout
+from vitscale.insight.attention_maps import attention_maps
 from vitscale.model.vit import VisionTransformer, initialise
 
 DTYPES = [(torch.float64, 1e-13), (torch.float32, 1e-6)]
@@ -59,10 +59,10 @@ def eager_maps(model: VisionTransformer, images_BCHW: torch.Tensor) -> list[torc
 
 @pytest.mark.parametrize(("dtype", "error"), DTYPES)
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("queries_at_once", [1024, 4])
+@pytest.mark.parametrize("chunk_numbers", [1 << 20, 40])
 @torch.no_grad()
-def test_maps_equal_an_independent_computation(norm, queries_at_once, dtype, error, monkeypatch):
-    monkeypatch.setattr(module_under_test, "QUERIES_AT_ONCE", queries_at_once)
+def test_maps_equal_an_independent_computation(norm, chunk_numbers, dtype, error, monkeypatch):
+    monkeypatch.setattr(module_under_test, "CHUNK_NUMBERS_MAX", chunk_numbers)
     model, images_BCHW = model_of(norm, dtype), IMAGES.to(dtype)
     maps = attention_maps(model, images_BCHW)
     expected = eager_maps(model, images_BCHW)
@@ -95,7 +95,7 @@ def test_looking_leaves_the_model_as_it_was():
     before = model(IMAGES)
     maps = attention_maps(model, IMAGES, layers=[2, 0])
     assert sorted(maps) == [0, 2] and model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(block.attn.watch is None for block in model.blocks)
     assert torch.equal(model(IMAGES), before)
     with pytest.raises(ValueError, match="no layer 3 in a model of depth 3"):
         attention_maps(model, IMAGES, layers=[3])
@@ -108,29 +108,9 @@ def test_bfloat16_maps_are_float32_and_sum_to_one():
         torch.testing.assert_close(map_BHNN.sum(-1), torch.ones(2, 3, 10), rtol=0, atol=1e-6)
 
 
-def test_rollout_of_a_chain_is_the_product_worked_by_hand():
-    # Two heads; the mean of layer 0 sends token 0 to 1, and of layer 1 token 0 half to 1, half to 2; the rest looks at itself.
-    eye = torch.eye(3, dtype=torch.float64)
-    first = torch.stack([eye, eye])
-    first[:, 0] = torch.tensor([0.0, 1.0, 0.0])
-    second = torch.stack([eye, eye])
-    second[0, 0], second[1, 0] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
-    # A_2 row 0 = (1/2, 1/4, 1/4); A_1 row 0 = (1/2, 1/2, 0), rows 1 and 2 are unit rows.
-    rollout = attention_rollout({1: second[None], 0: first[None]})
-    torch.testing.assert_close(rollout, torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64), rtol=0, atol=1e-15)
-
-
-def test_rollout_is_row_zero_of_the_full_product_and_sums_to_one():
-    maps = attention_maps(model_of("post"), IMAGES)
-    product = torch.eye(10).expand(2, 10, 10)
-    for layer in range(3):
-        product = (0.5 * maps[layer].mean(1) + 0.5 * torch.eye(10)) @ product
-    rollout = attention_rollout(maps)
-    torch.testing.assert_close(rollout, product[:, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(rollout.sum(-1), torch.ones(2), rtol=0, atol=1e-6)
-
-
-def test_rollout_of_some_layers_only_is_refused():
-    maps = attention_maps(model_of("pre"), IMAGES, layers=[0, 2])
-    with pytest.raises(ValueError, match=r"all layers from 0 upwards, got layers \[0, 2\]"):
-        attention_rollout(maps)
+def test_one_head_of_one_layer_is_a_slice_of_all():
+    model = model_of("pre")
+    one = attention_maps(model, IMAGES, layers=[1], heads=[2])
+    assert list(one) == [1] and torch.equal(one[1], attention_maps(model, IMAGES)[1][:, 2:])
+    with pytest.raises(ValueError, match="no head 3 in a model with 3 heads"):
+        attention_maps(model, IMAGES, heads=[3])
