@@ -38,13 +38,13 @@ def their_logits(path: Path, format_name: str, weights: Weights) -> Tensor:
 
     Raises ModuleNotFoundError where the library is not installed.
     """
+    mend_torchvision()  # both libraries import it
     if format_name == "huggingface":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import ViTForImageClassification  # late: heavy, and only there for this proof
 
         model: nn.Module = ViTForImageClassification.from_pretrained(path)
         return model.eval()(fixed_images(weights), interpolate_pos_encoding=False).logits
-    mend_torchvision()
     import timm  # late: as above
 
     if format_name == "timm":
@@ -82,7 +82,7 @@ def sentence(path: Path, format_name: str, weights: Weights) -> str:
     try:
         theirs = their_logits(path, format_name, weights)
     except ModuleNotFoundError as error:
-        return f"certificate: {error.name} is not installed, so logits were not compared with {library}"
+        return f"certificate: {error.name or library} is not installed, so logits were not compared with {library}"
     ours = our_logits(weights)
     largest = ours.abs().max().item()
     difference = (theirs - ours).abs().max().item()

@@ -19,6 +19,8 @@ ARCHITECTURE = "vit_base_patch16_224"
 POOLS = {"class": "token", "average": "avg", "map": "map"}
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 """Of timm's own models by width; the others have heads of 64 columns."""
+KNOWN_WIDTHS = (192, 256, 320, 384, 512, 640, 768, 832, 896, 1024, *HEADS)
+"""Of timm's own plain ViTs: of another width the number of heads cannot be known."""
 ODD_HEADS = {"vit_base_patch16_gap_224": 16}
 TANH = (
     "vit_base_patch32_siglip",
@@ -130,6 +132,8 @@ def from_timm(tensors: dict[str, Tensor], description: dict[str, Any], *, origin
     fc1 = taken(origin, tensors, "blocks.0.mlp.fc1.weight")
     ours = {name.removeprefix("fc_") if name.startswith("fc_norm.") else name: value for name, value in tensors.items()}
     ours["patch_embed.proj.weight"] = kernel_DCPP.reshape(D, -1)
+    if "num_heads" not in arguments and D not in KNOWN_WIDTHS:
+        raise UsageError(f"{origin}: width {D} is none of timm's own, so its heads are unknown; add num_heads to model_args")
     model = ModelConfig(
         image_size=grid_of(origin, rows, prefix if has_prefix_rows else 0) * P,
         patch_size=P,

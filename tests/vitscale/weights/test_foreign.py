@@ -15,7 +15,7 @@ from vitscale.weights.huggingface import from_huggingface, preprocessor, to_hugg
 from vitscale.weights.jax import to_jax
 from vitscale.weights.mapping import grouped
 from vitscale.weights.native import Weights
-from vitscale.weights.timm import to_timm
+from vitscale.weights.timm import from_timm, to_timm
 
 
 def weights_of(dtype: torch.dtype = torch.float32, **changes) -> Weights:
@@ -127,3 +127,9 @@ def test_the_mapping_reads_block_by_block():
     lines = grouped(to_huggingface(weights_of()).rows)
     want = "blocks.{i}.mlp.fc1.weight <- vit.layers.{i}.mlp.fc1.weight (as it is), i = 0..1"
     assert want in lines and len(lines) == len(set(lines)) < 25
+
+
+def test_heads_that_cannot_be_known_are_asked_for():
+    tensors = dict(to_timm(weights_of(width=12, heads=3)).tensors)
+    with pytest.raises(UsageError, match="width 12 is none of timm's own, so its heads are unknown; add num_heads"):
+        from_timm(tensors, {"architecture": "vit_small_patch4_8"})
