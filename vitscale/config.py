@@ -174,7 +174,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with decoupled weight decay as torch does it: the decay per step is lr * weight_decay."""
+    """The update: optimizer, schedule, decay. Decoupled weight decay as torch does it: the decay per step is lr * weight_decay.
+
+    Sources that decay by schedule * weight_decay without the peak rate (big_vision, Loshchilov & Hutter's own form) are
+    converted by dividing by the peak rate.
+    """
 
     global_batch: int
     """Images per optimizer update over all ranks."""
@@ -182,55 +186,122 @@ class OptimConfig:
     """Learning rate after warm-up, for `optim.global_batch`; never rescaled silently."""
     micro_batch_max: int = 64
     """Most images one rank feeds forward at once; the micro-batch is the largest divisor of its share up to this."""
+    optimizer: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023: beta1 0.9, beta2 0.99); sgd with `momentum`; muon (Jordan et
+    al. 2024, as DeepSpeed shards it) for the matrices of the blocks, adamw with `adam_lr` for everything else."""
+    schedule: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine or linear down to end_lr at the end of the run; rsqrt: peak / sqrt(1 + t / timescale) (Zhai et
+    al. 2022); wsd: stays at the peak; constant: as wsd, without a cool-down. rsqrt and wsd end with `cooldown`."""
     warmup: int | str = 0
     """Length of the linear warm-up from 0: steps, or a text such as "5%", "5ep", "10000img"."""
+    cooldown: int | str = 0
+    """rsqrt, wsd: length of the last, linear fall to end_lr."""
+    timescale: int | str = 10_000
+    """rsqrt: steps behind the warm-up after which the rate has fallen to 1 / sqrt(2) of the peak."""
     end_lr: float = 0.0
-    """Learning rate the cosine ends at."""
+    """Learning rate the schedule ends at."""
     weight_decay: float = 0.1
     """Applies to matrices only: not to biases, norms, class token and positions."""
+    head_weight_decay: float | None = None
+    """Weight decay of the head's matrix (Zhai et al. 2022, section 3.1: 100 times the body's); None: as all others."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one below it (BEiT, MAE); the head has factor 1."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.9
+    """sgd; muon uses 0.95 by its paper."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the first moment (adamw, lion) or the momentum (sgd) is kept in; bf16 saves two bytes per parameter (AugReg)."""
+    adam_lr: float | None = None
+    """muon: peak rate of what adamw updates; None: peak_lr."""
     clip: float = 1.0
     """Largest global gradient norm; 0: off."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "peak_lr", "micro_batch_max", "eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optim.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("end_lr", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("global_batch", "peak_lr", "micro_batch_max", "eps", "adam_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"optim.{name} must be > 0, got {value}")
+        for name in ("end_lr", "weight_decay", "head_weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"optim.{name} must be >= 0, got {value}")
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} must be within [0, 1), got {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.cooldown != 0 and self.schedule not in ("rsqrt", "wsd"):
+            raise ValueError(
+                f"optim.cooldown={self.cooldown!r} has no effect with optim.schedule={self.schedule}; "
+                "set optim.cooldown to 0 or optim.schedule to rsqrt or wsd"
+            )
+        if self.adam_lr is not None and self.optimizer != "muon":
+            raise ValueError(f"optim.adam_lr has no effect with optim.optimizer={self.optimizer}; delete it")
+        if self.optimizer == "muon" and (self.layer_decay != 1.0 or self.moment_dtype != "fp32"):
+            raise ValueError(
+                "optim.optimizer=muon is DeepSpeed's, which knows neither optim.layer_decay nor optim.moment_dtype; "
+                "set them to 1.0 and fp32, or another optimizer"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, from which seed and weights, in which precision."""
+    """How long, on what objective, from which seed and weights, in which precision."""
 
     length: int | str
     """Length of the run: steps, or a text such as "60ep" or "1000000img"."""
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    objective: Literal["softmax", "sigmoid"] = "softmax"
+    """Cross-entropy over classes that exclude each other, or for each class by itself: then the sum over the classes,
+    averaged over the images (big_vision). Of several labels sigmoid wants each, and softmax shares 1 among them."""
     label_smoothing: float = 0.0
+    """softmax: (1 - s) target + s / classes. sigmoid: the same targets, as timm's BCE has them."""
+    masked_classes: tuple[int, ...] = ()
+    """Classes that take no part: no logit in the softmax, no term in the sigmoid's sum, never predicted in an evaluation."""
+    head_bias: float = 0.0
+    """Initial value of the head's biases; -10 for sigmoid over 20 thousand classes (Beyer et al. 2020, big_vision)."""
+    dropout: float = 0.0
+    """After the positions are added, after attention's output, and after both maps of the feed-forward (ViT, appendix B.1)."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta(alpha, alpha) (Zhang et al. 2018); 0: off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta(alpha, alpha) (Yun et al. 2019); 0: off. With both, each group draws one of them at even odds."""
+    mix_group: int = 4
+    """Consecutive images of a global batch that are paired among each other by mixup and cutmix; divides the micro-batch."""
+    ema: tuple[float, ...] = ()
+    """Decays of exponential moving averages of the parameters, such as [0.9999]; none: no average is kept."""
     drop_path: float = 0.0
     """Stochastic depth (Huang et al. 2016): share of images whose branch of a block is left out, and not computed."""
     drop_path_rule: Literal["uniform", "linear"] = "uniform"
     """uniform: the same rate in every block (DeiT III); linear: from 0 in the first to drop_path in the last (DeiT)."""
+    resolutions: tuple[str, ...] = ()
+    """Progressive resolution: image sizes and from when, such as ["128@0", "160@40%", "224@80%"]; none: model.image_size."""
     init_weights: str = machine("")
-    """Where a fine-tuning takes its weights from; empty: fresh weights."""
+    """Where a fine-tuning takes its weights from, or the run@step a branch started at; empty: fresh weights."""
     init_sha256: str = ""
     """sha256 of those weights; filled in when the run starts."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"train.label_smoothing must be within [0, 1), got {self.label_smoothing}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"train.drop_path must be within [0, 1), got {self.drop_path}")
+        for name in ("label_smoothing", "drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be within [0, 1), got {getattr(self, name)}")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
+        if self.mix_group < 2:
+            raise ValueError(f"train.mix_group must be at least 2, got {self.mix_group}")
         if self.seed < 0:
             raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+        for decay in self.ema:
+            if not 0 < decay < 1:
+                raise ValueError(f"train.ema: a decay must be within (0, 1), got {decay}")
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"train.ema: each decay once, got {list(self.ema)}")
+        if self.masked_classes and (min(self.masked_classes) < 0 or len(set(self.masked_classes)) < len(self.masked_classes)):
+            raise ValueError("train.masked_classes: expected numbers of classes from 0 on, each once")
 
     def drop_rates(self, depth: int) -> tuple[float, ...]:
         """The rate of stochastic depth of every block."""
@@ -252,6 +323,10 @@ class RunConfig:
     """Checkpoints kept besides those of keep_every."""
     keep_every: int | str = watching(0)
     """Keep every checkpoint at a multiple of this for ever; 0: none."""
+    parity: Literal["first", "never"] = watching("first")
+    """Prove the gradients of a configuration against plain torch before its first start, on a reduced twin; or never."""
+    histograms_every: int | str = watching(0)
+    """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:

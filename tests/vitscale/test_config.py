@@ -122,7 +122,7 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
         ("model.mlp_width=wide", "model.mlp_width: expected a whole number or null, got 'wide'"),
         ("model.projection_bias=1", "model.projection_bias: expected true or false, got 1"),
         ("model.norm=pst", "model.norm: expected one of 'pre', 'post', 'deepnorm', 'respost', got 'pst'; did you mean 'post'"),
-        ("train.precision=16", "train.precision: expected one of 'fp32', 'bf16', got 16"),
+        ("train.precision=16", "train.precision: expected one of 'fp32', 'bf16', 'fp16', got 16"),
         ("data.window=fll", "data.window: expected a whole number or 'full', got 'fll'"),
         ("model.pixel_mean=0.5", "model.pixel_mean: expected a list, each item a number, got 0.5"),
         ('model.pixel_mean=[0.5,"a",0.5]', "model.pixel_mean: expected a number, got 'a'"),
@@ -246,17 +246,20 @@ KINDS = {
         model.parallel model.activation model.layer_scale model.class_token model.registers model.position
         model.prefix_positions model.position_resize model.pool model.pool_norm model.pre_logits_width model.pixel_mean
         model.pixel_std
-        optim.global_batch optim.peak_lr optim.micro_batch_max optim.warmup optim.end_lr optim.weight_decay optim.beta1
-        optim.beta2 optim.eps optim.clip
-        train.length train.seed train.precision train.label_smoothing train.drop_path train.drop_path_rule
-        train.init_sha256
+        optim.global_batch optim.peak_lr optim.micro_batch_max optim.optimizer optim.schedule optim.warmup optim.cooldown
+        optim.timescale optim.end_lr optim.weight_decay optim.head_weight_decay optim.layer_decay optim.beta1 optim.beta2
+        optim.eps optim.momentum optim.moment_dtype optim.adam_lr optim.clip
+        train.length train.seed train.precision train.objective train.label_smoothing train.masked_classes train.head_bias
+        train.dropout train.mixup train.cutmix train.mix_group train.ema train.drop_path train.drop_path_rule
+        train.resolutions train.init_sha256
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
         augment.erase augment.erase_with
     """,
     "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
-    "watching": "run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every",
+    "watching": """run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every run.parity
+        run.histograms_every""",
 }
 
 
