@@ -213,6 +213,7 @@ def carry_out(job: Job) -> None:
         }
         metrics.finish(record)
         mark_finished(job.run, record)
+    engine.close()
     leave_ranks()
 
 
@@ -276,7 +277,7 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
 
 def product_dtype(config: Config) -> torch.dtype:
     """The type matrix products and attention run in, whichever way train.precision is reached."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
 
 
 def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:
