@@ -74,7 +74,10 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         raise UsageError(f"train.length={config.train.length!r} is no step at all; expected at least one step")
     warmup = steps("optim.warmup", config.optim.warmup, total)
     if warmup > total:
-        raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+        raise UsageError(
+            f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps; "
+            "shorten optim.warmup or lengthen train.length"
+        )
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
         for name in ("log_every", "eval_every", "save_every", "attention_every")
