@@ -18,6 +18,7 @@ from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
+from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
@@ -26,9 +27,10 @@ from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.model.compile import compile_blocks
-from vitscale.model.flops import recomputed_flops, train_flops
 from vitscale.model.vit import VisionTransformer, initialise, kept_images
 from vitscale.planning.peaks import peak_flops_of
+from vitscale.planning.resolution import flops_until, phases_of
+from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
@@ -77,10 +79,20 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
-        for name in ("log_every", "eval_every", "save_every", "attention_every")
+        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
     }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
-    kept = sum(kept_images(micro, rate) / micro for rate in rates) / len(rates)
+    try:
+        phases = phases_of(
+            config.model,
+            config.train.resolutions,
+            steps_of_length=lambda length: steps("train.resolutions", length, total),
+            total_steps=total,
+            recompute=ds.recompute,
+            kept=sum(kept_images(micro, rate) / micro for rate in rates) / len(rates),
+        )
+    except ValueError as error:
+        raise UsageError(f"train.resolutions: {error}") from None
     plan = Plan(
         total_steps=total,
         global_batch=config.optim.global_batch,
@@ -88,10 +100,10 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         eval_every_steps=watch["eval_every"],
         save_every_steps=watch["save_every"],
         attention_every_steps=watch["attention_every"],
+        histograms_every_steps=watch["histograms_every"],
         bad_images_max=config.data.bad_images_max,
         seed=config.train.seed,
-        flops_per_image=train_flops(config.model, kept=kept),
-        recomputed_flops_per_image=recomputed_flops(config.model, ds.recompute, kept=kept),
+        phases=phases,
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
     return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
@@ -145,7 +157,9 @@ def carry_out(job: Job) -> None:
     )
     engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else _silent)
     state = load_checkpoint(engine, saved) if saved else TrainState()
-    metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
+    metrics = None
+    if job.cluster.rank == 0:
+        metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
     if metrics is not None:
         metrics.open(state.step)
         metrics.say(f"continuing after step {state.step} from {saved.directory}" if saved else f"starting {job.run} at step 0")
@@ -153,18 +167,26 @@ def carry_out(job: Job) -> None:
     objective = Objective(
         model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
     )
-    stream = train_stream(
-        job.train_data,
-        data=config.data,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        seed=config.train.seed,
-        global_batch=config.optim.global_batch,
-        micro_batch=job.ds.micro_batch,
-        rank=job.cluster.rank,
-        world=job.cluster.world,
+    phased = PhasedStream(
+        lambda image_size, position: train_stream(
+            job.train_data,
+            data=config.data,
+            augment=config.augment,
+            image_size=image_size,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=job.ds.micro_batch,
+            rank=job.cluster.rank,
+            world=job.cluster.world,
+            position=position,
+        ),
+        job.plan.phases,
+        step=state.step,
         position=state.position,
+        global_batch=config.optim.global_batch,
+        accumulation=job.ds.accumulation,
     )
+    stream = ahead_of(phased, device)
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
@@ -181,6 +203,8 @@ def carry_out(job: Job) -> None:
             keep_last=config.run.keep_last,
             keep_every=job.keep_every_steps,
         )
+        if metrics is not None:
+            metrics.log_saved(now.step)
 
     train(
         state,

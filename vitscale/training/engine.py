@@ -11,6 +11,7 @@ import datetime
 import logging
 import os
 import platform
+import resource
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import xxh3_64
 from vitscale.ds_config import DsConfig
+from vitscale.training.clock import StepClock
 
 # DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
 if not torch.cuda.is_available():
@@ -131,6 +133,7 @@ class Engine:
         self.accumulation_steps = ds.accumulation
         self.last_step_skipped = False
         self._grad_norm: Any = None
+        self._stop_timing: Callable[[], None] = lambda: None
         self.clip = ds.record["gradient_clipping"]
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=None, config=ds.engine, dist_init_required=False
@@ -170,13 +173,14 @@ class Engine:
         """Seed torch's generators for one forward pass from where it stands in the run, so that none is ever stored."""
         torch.manual_seed(xxh3_64(f"{seed} {step} {self.rank} {micro_batch}".encode()))
 
-    def backward_and_maybe_step(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; at the accumulation boundary reduce, clip and update.
+    def backward_and_maybe_step(self, loss: Tensor, passed: Callable[[str], None] = lambda part: None) -> None:
+        """Backward of one micro-batch; at the accumulation boundary reduce, clip and update. `passed` is told of each part.
 
         A step with a non-finite gradient on any rank is skipped on all ranks: parameters and optimizer counters keep
         their values, `last_step_skipped` becomes true.
         """
         self._engine.backward(loss)
+        passed("backward")
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         if is_boundary and self.ds.stage == 0:
             self._clip_or_skip_at_stage_0()
@@ -184,6 +188,7 @@ class Engine:
         if is_boundary and self.ds.stage > 0:
             self.last_step_skipped = not self._engine.was_step_applied()
             self._grad_norm = self._engine.get_global_grad_norm()
+        passed("optimizer")
 
     def _clip_or_skip_at_stage_0(self) -> None:
         """DeepSpeed does not look at gradients at stage 0. They are reduced already, so all ranks see the same norm."""
@@ -197,6 +202,17 @@ class Engine:
                 parameter.grad = None
         elif self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+
+    def time_collectives(self, clock: StepClock) -> None:
+        """Let the clock time what DeepSpeed sends from now on, until `close`."""
+        self._stop_timing()
+        self._stop_timing = clock.watch_collectives(deepspeed.comm.comm.cdb)
+
+    def memory_bytes(self) -> int:
+        """Most memory of the device that tensors have taken so far; on a CPU, that this process has taken."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping. Waits for the device."""
@@ -228,4 +244,5 @@ class Engine:
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can be made in this process."""
+        self._stop_timing()
         self._engine.destroy()

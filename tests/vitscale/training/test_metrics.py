@@ -23,6 +23,7 @@ def line_of(step: int, **changes: Any) -> dict[str, Any]:
         "mfu": None,
         "data_wait_s": 0.05,
         "step_s": 0.2,
+        "memory_bytes": 123_456_789,
         "samples_hash": "00000000000000ff",
         "skipped": 0,
         "bad_images": 0,
@@ -145,7 +146,20 @@ def test_the_screen_hears_of_a_step_every_two_seconds_and_of_the_last(tmp_path, 
     assert [sentence.split()[1] for sentence in said] == ["1/10", "5/10", "9/10", "10/10"]
     assert (tmp_path / "log.txt").read_text().splitlines() == said
     # Half a second a step: five steps are left after the fifth.
-    assert said[1] == "step 5/10  loss 0.5000  lr 1.00e-03  gn 0.50  480 img/s  data 25.0%  ETA 2s"
+    assert said[1] == "step 5/10  loss 0.5000  lr 1.00e-03  gn 0.50  480 img/s  data 25.0%  mem 123.5 MB  ETA 2s"
+
+
+def test_the_eta_counts_work_where_later_steps_cost_more_and_the_last_checkpoint_is_told(tmp_path, capsys):
+    clock = Clock()
+    tmp_path.mkdir(exist_ok=True)
+    # Steps from the 51st on cost three times as much.
+    metrics = Metrics(tmp_path, total_steps=100, work_until=lambda step: step + 2 * max(0, step - 50), clock=clock)
+    metrics.open(0)
+    metrics.log_saved(40)
+    clock.now_s += 50.0
+    metrics.log_step(line_of(50))
+    metrics.close()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("ETA 2m30s  saved 40")
 
 
 def test_the_sentence_tells_what_is_there_and_no_more(tmp_path, capsys):
@@ -158,7 +172,7 @@ def test_the_sentence_tells_what_is_there_and_no_more(tmp_path, capsys):
     evaluated, sentence = capsys.readouterr().out.splitlines()
     assert evaluated == "evaluated after step 50: top-1 97.22%, loss 0.1000, 360 images"
     # 25 steps of this start took 100 s: the 25 that are left take as long, whatever was done before the resume.
-    assert sentence.endswith("mfu 41.2%  data 25.0%  skipped 2  bad images 3  top-1 97.22%  ETA 1m40s")
+    assert sentence.endswith("mfu 41.2%  data 25.0%  mem 123.5 MB  skipped 2  bad images 3  top-1 97.22%  ETA 1m40s")
 
 
 def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path):

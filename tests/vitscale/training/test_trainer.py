@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vitscale.evaluation.classification import Scores
-from vitscale.training import bad_images, trainer
+from vitscale.planning.resolution import Phase
+from vitscale.training import bad_images, clock, trainer
 from vitscale.training.bad_images import TooManyBadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.trainer import Plan, due, train
@@ -22,8 +24,7 @@ PLAN = Plan(
     save_every_steps=3,
     bad_images_max=0.25,
     seed=5,
-    flops_per_image=1e9,
-    recomputed_flops_per_image=0.5e9,
+    phases=(Phase(first_step=0, image_size=8, flops_per_image=1e9, recomputed_flops_per_image=0.5e9),),
     peak_flops=None,
 )
 SCORES = Scores(images=5, top1=0.5, top5=1.0, loss=0.25)
@@ -84,8 +85,17 @@ class World:
     def seed_micro_batch(self, seed: int, step: int, micro_batch: int) -> None:
         self.seeds.append((seed, step, micro_batch))
 
-    def backward_and_maybe_step(self, loss: Tensor) -> None:
+    device = torch.device("cpu")
+
+    def time_collectives(self, clock: Any) -> None:
+        pass
+
+    def memory_bytes(self) -> int:
+        return 1 << 20
+
+    def backward_and_maybe_step(self, loss: Tensor, passed: Any) -> None:
         self.micro_batches += 1
+        passed("backward")
         self.acts.append(("backward", loss.item()))
         if self.micro_batches % self.accumulation_steps == 0:
             self.last_step_skipped = self.micro_batches // self.accumulation_steps in self.skipped_steps
@@ -234,9 +244,9 @@ def test_due_every_so_many_steps_and_after_the_last(every, total, steps):
 
 
 def test_a_line_tells_what_the_step_measured(monkeypatch):
-    now_s = iter(range(100))  # every look at the clock takes a second
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(now_s)))
-    monkeypatch.setattr(trainer.time, "time", lambda: 1234.5)
+    now_s, parts_s = iter(range(100)), iter(range(0, 1000, 10))  # every look at a clock takes one second, or ten
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(now_s)), time=lambda: 1234.5))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: float(next(parts_s))))
     world = World(ranks=3)
     run(world, plan=replace(PLAN, total_steps=1, peak_flops=2e9))
     assert world.lines == [
@@ -247,10 +257,16 @@ def test_a_line_tells_what_the_step_measured(monkeypatch):
             "lr": 0.0,
             "grad_norm": 7.0,
             "images_per_s": 12 / 5,
+            "image_size": 8,
             "mfu": (12 / 5) * 1e9 / (3 * 2e9),  # all images of the step over the peak of all devices
             "hfu": (12 / 5) * 1.5e9 / (3 * 2e9),  # with what is computed again
             "data_wait_s": 2.0,  # one second for each of two micro-batches
             "step_s": 5.0,
+            "forward_s": 20.0,
+            "backward_s": 20.0,
+            "optimizer_s": 0.0,
+            "communication_s": 0.0,
+            "memory_bytes": 1 << 20,
             "samples_hash": f"{(1 << 64) - 19:016x}",  # (-10) + (-9) modulo 2^64
             "skipped": 0,
             "bad_images": 0,
