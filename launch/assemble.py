@@ -18,6 +18,7 @@ from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
+from launch.branch import Parent, load_parent
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
@@ -31,7 +32,7 @@ from vitscale.model.vit import VisionTransformer, initialise, kept_images
 from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
-from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
@@ -59,6 +60,8 @@ class Job:
     """Machine and watching settings that differ from the stored run."""
     source: str | None
     """Weights a fine-tuning starts from, as `load_weights_of` takes them."""
+    parent: Parent | None = None
+    """Where a branch starts from; needed until it has a checkpoint of its own."""
 
 
 def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
@@ -156,13 +159,16 @@ def carry_out(job: Job) -> None:
         say=print,
     )
     engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else _silent)
-    state = load_checkpoint(engine, saved) if saved else TrainState()
+    if saved is not None:
+        state = load_checkpoint(engine, saved)
+    else:
+        state = load_parent(engine, job.parent) if job.parent is not None else TrainState()
     metrics = None
     if job.cluster.rank == 0:
         metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
     if metrics is not None:
         metrics.open(state.step)
-        metrics.say(f"continuing after step {state.step} from {saved.directory}" if saved else f"starting {job.run} at step 0")
+        metrics.say(_banner(job, saved, state))
 
     objective = Objective(
         model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
@@ -238,6 +244,14 @@ def carry_out(job: Job) -> None:
         metrics.finish(record)
         mark_finished(job.run, record)
     leave_ranks()
+
+
+def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:
+    if saved is not None:
+        return f"continuing after step {state.step} from {saved.directory}"
+    if job.parent is not None:
+        return f"starting {job.run} as a branch of {job.parent.name}, at position {state.position:,} of the data"
+    return f"starting {job.run} at step 0"
 
 
 Say = Callable[[str], None]

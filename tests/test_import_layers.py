@@ -22,7 +22,7 @@ LAYERS = [
     ["launch.command", "launch.bench_loader", "launch.certificate"],
     ["launch.peers"],
     ["launch.assemble"],
-    ["launch.trained", "launch.datasets", "launch.phased"],
+    ["launch.trained", "launch.datasets", "launch.phased", "launch.branch"],
     ["launch.arguments"],
     ["vitscale.training.trainer"],
     ["vitscale.evaluation", "vitscale.insight"],

@@ -280,9 +280,11 @@ class TrainConfig:
     resolutions: tuple[str, ...] = ()
     """Progressive resolution: image sizes and from when, such as ["128@0", "160@40%", "224@80%"]; none: model.image_size."""
     init_weights: str = machine("")
-    """Where a fine-tuning takes its weights from, or the run@step a branch started at; empty: fresh weights."""
+    """Where a fine-tuning takes its weights from; empty: fresh weights."""
+    branch: str = machine("")
+    """RUN@STEP whose whole state a branch starts from; empty: the run is none."""
     init_sha256: str = ""
-    """sha256 of those weights; filled in when the run starts."""
+    """sha256 of those weights, or of the record of that checkpoint; filled in when the run starts."""
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "drop_path", "dropout"):

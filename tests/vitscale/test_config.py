@@ -257,7 +257,8 @@ KINDS = {
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
         augment.erase augment.erase_with
     """,
-    "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
+    "machine": """data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights
+        train.branch""",
     "watching": """run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every run.parity
         run.histograms_every""",
 }

@@ -163,22 +163,12 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
     A directory that fails is renamed to step-N.bad-K and named through `say`. Raises EnvironmentFault when there were
     checkpoints and none is usable: a damaged run is never silently started afresh.
     """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
     paths, rejected_before = from_rank_zero((candidates(checkpoints), has_rejected(checkpoints)) if rank == 0 else None)
     for path in paths:
-        complaint, record = from_rank_zero(_read_record(path) if rank == 0 else None)
-        if complaint is None:
-            verdicts = from_all_ranks([check_file(path, entry) for entry in record["files"][rank::world]])
-            complaint = next((verdict for verdicts_of_rank in verdicts for verdict in verdicts_of_rank if verdict), None)
-        if complaint is None:
-            return Saved(
-                directory=path,
-                state=TrainState(**record["state"]),
-                world=record["world"],
-                zero_stage=record["zero_stage"],
-                data=record["data"],
-                record=record,
-            )
+        complaint, saved = checked(path)
+        if saved is not None:
+            return saved
         if rank == 0:
             aside = _put_aside(path)
             say(f"checkpoint {path.name} is not usable: {complaint}; kept as {aside.name}")
@@ -189,6 +179,25 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
             "restore one from a copy, or start again with another --run directory"
         )
     return None
+
+
+def checked(path: Path) -> tuple[str | None, Saved | None]:
+    """(what is wrong with a step directory, or None; the checkpoint, or None). Collective: every file is hashed by one rank."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    complaint, record = from_rank_zero(read_record(path) if rank == 0 else None)
+    if complaint is None:
+        verdicts = from_all_ranks([check_file(path, entry) for entry in record["files"][rank::world]])
+        complaint = next((verdict for verdicts_of_rank in verdicts for verdict in verdicts_of_rank if verdict), None)
+    if complaint is not None:
+        return complaint, None
+    return None, Saved(
+        directory=path,
+        state=TrainState(**record["state"]),
+        world=record["world"],
+        zero_stage=record["zero_stage"],
+        data=record["data"],
+        record=record,
+    )
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
@@ -207,7 +216,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
 
 def verify(path: Path) -> tuple[str | None, dict[str, Any]]:
     """(complaint or None, record) of one step directory, every file hashed. One process."""
-    complaint, record = _read_record(path)
+    complaint, record = read_record(path)
     if complaint is None:
         complaint = next((found for entry in record["files"] if (found := check_file(path, entry))), None)
     return complaint, record
@@ -230,7 +239,7 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "record_sha256": sha256_bytes(canonical_json(record))}
 
 
-def _read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
+def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
     """(complaint, record) of vitscale.json and of the names in the directory; what is in the files is not looked at."""
     if not (path / RECORD).is_file():
         return f"{RECORD} is missing", {}
