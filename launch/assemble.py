@@ -170,9 +170,7 @@ def carry_out(job: Job) -> None:
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
 
-    objective = Objective(
-        model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
-    )
+    objective = objective_of(config, engine)
     phased = PhasedStream(
         lambda image_size, position: train_stream(
             job.train_data,
@@ -310,6 +308,16 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
     if ds.compile_blocks:
         compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
     return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
+
+
+def objective_of(config: Config, engine: Engine) -> Objective:
+    """The objective of the configuration, on the engine's device and in the type it takes."""
+    return Objective(
+        model=config.model,
+        label_smoothing=config.train.label_smoothing,
+        device=engine.device,
+        dtype=engine.input_dtype,
+    )
 
 
 def product_dtype(config: Config) -> torch.dtype:

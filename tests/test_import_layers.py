@@ -19,7 +19,7 @@ PACKAGES = ("vitscale", "data_pipeline", "launch")
 # (without rings) or from a lower one.
 LAYERS = [
     ["launch"],
-    ["launch.command", "launch.bench_loader", "launch.certificate"],
+    ["launch.command", "launch.bench_loader", "launch.bench_step", "launch.certificate"],
     ["launch.peers"],
     ["launch.assemble"],
     ["launch.trained", "launch.datasets", "launch.phased", "launch.branch"],
@@ -48,7 +48,7 @@ HOMES = {
     "accelerate": ["vitscale.evaluation", "launch.evaluate"],
     "braceexpand": ["data_pipeline.sources.packed"],
     "cv2": ["data_pipeline.colour", "data_pipeline.decode"],
-    "deepspeed": ["vitscale.training.engine"],
+    "deepspeed": ["vitscale.training.engine", "launch.peers"],
     "matplotlib": ["vitscale.insight"],
     "numpy": [*PACKAGES],
     "obstore": ["data_pipeline.store"],
@@ -78,7 +78,9 @@ LATE = {
     ("launch.certificate", "timm"),
     ("launch.certificate", "transformers"),
     ("data_pipeline.sources.digits", "sklearn.datasets"),
+    ("launch.peers", "deepspeed"),
     ("launch.peers", "timm.data"),
+    ("launch.peers", "timm.models.vision_transformer"),
     ("launch.peers", "torchvision"),
     ("launch.peers", "webdataset"),
 }
