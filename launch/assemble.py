@@ -21,7 +21,7 @@ from data_pipeline.room import require_room
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
-from vitscale.config import Config, steps_of
+from vitscale.config import Config, check_mix_group, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.insight.board import IMAGES, attention_watcher
@@ -33,7 +33,7 @@ from vitscale.training.checkpoint import TrainState, find_checkpoint, load_check
 from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
-from vitscale.training.objective import Objective
+from vitscale.training.objective import Objective, objective_of
 from vitscale.training.optim import lr_at, make_optimizer
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
 from vitscale.training.trainer import Plan, train
@@ -60,7 +60,11 @@ class Job:
 
 
 def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
-    """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
+    """All lengths in steps: (plan, warm-up steps, keep-every steps).
+
+    Raises UsageError for a length that is none, and for groups of mixup that do not fit the micro-batch.
+    """
+    check_mix_group(config, micro_batch=ds.micro_batch, accumulation=ds.accumulation)
 
     def steps(name: str, length: int | str, total: int | None) -> int:
         try:
@@ -150,9 +154,7 @@ def carry_out(job: Job) -> None:
         metrics.open(state.step)
         metrics.say(f"continuing after step {state.step} from {saved.directory}" if saved else f"starting {job.run} at step 0")
 
-    objective = Objective(
-        model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
-    )
+    objective = objective_of(config, device=device, dtype=engine.input_dtype)
     stream = train_stream(
         job.train_data,
         data=config.data,
@@ -262,9 +264,10 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
         config.model,
         recompute=ds.recompute,
         drop_path=config.train.drop_rates(config.model.depth),
+        dropout=config.train.dropout,
         checkpoint_function=checkpoint_function(ds, device),
     )
-    initialise(model, seed=config.train.seed)
+    initialise(model, seed=config.train.seed, head_bias=config.train.head_bias)
     if initial is not None:
         missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
         assert all(name.startswith("head.") for name in missing), missing
@@ -291,4 +294,4 @@ def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *,
         rank=engine.rank,
         world=engine.world,
     )
-    return classify(lambda images_BHWC: objective.logits(engine, images_BHWC), batches, sum_over_ranks=engine.sum_over_ranks)
+    return classify(objective, engine, batches, sum_over_ranks=engine.sum_over_ranks)
