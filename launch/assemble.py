@@ -23,7 +23,7 @@ from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
-from vitscale.config import Config, steps_of
+from vitscale.config import Config, check_mix_group, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.insight.board import IMAGES, attention_watcher
@@ -36,7 +36,7 @@ from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, loa
 from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
-from vitscale.training.objective import Objective
+from vitscale.training.objective import Objective, objective_of
 from vitscale.training.optim import lr_at, make_optimizer
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
 from vitscale.training.trainer import Plan, train
@@ -65,7 +65,11 @@ class Job:
 
 
 def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
-    """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
+    """All lengths in steps: (plan, warm-up steps, keep-every steps).
+
+    Raises UsageError for a length that is none, and for groups of mixup that do not fit the micro-batch.
+    """
+    check_mix_group(config, micro_batch=ds.micro_batch, accumulation=ds.accumulation)
 
     def steps(name: str, length: int | str, total: int | None) -> int:
         try:
@@ -170,7 +174,7 @@ def carry_out(job: Job) -> None:
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
 
-    objective = objective_of(config, engine)
+    objective = objective_of(config, device=device, dtype=engine.input_dtype)
     phased = PhasedStream(
         lambda image_size, position: train_stream(
             job.train_data,
@@ -298,9 +302,10 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
         config.model,
         recompute=ds.recompute,
         drop_path=config.train.drop_rates(config.model.depth),
+        dropout=config.train.dropout,
         checkpoint_function=checkpoint_function(ds, device),
     )
-    initialise(model, seed=config.train.seed)
+    initialise(model, seed=config.train.seed, head_bias=config.train.head_bias)
     if initial is not None:
         missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
         assert all(name.startswith("head.") for name in missing), missing
@@ -308,16 +313,6 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
     if ds.compile_blocks:
         compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
     return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
-
-
-def objective_of(config: Config, engine: Engine) -> Objective:
-    """The objective of the configuration, on the engine's device and in the type it takes."""
-    return Objective(
-        model=config.model,
-        label_smoothing=config.train.label_smoothing,
-        device=engine.device,
-        dtype=engine.input_dtype,
-    )
 
 
 def product_dtype(config: Config) -> torch.dtype:
@@ -337,4 +332,4 @@ def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *,
         rank=engine.rank,
         world=engine.world,
     )
-    return classify(lambda images_BHWC: objective.logits(engine, images_BHWC), batches, sum_over_ranks=engine.sum_over_ranks)
+    return classify(objective, engine, batches, sum_over_ranks=engine.sum_over_ranks)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from data_pipeline.loader import train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.stream import MicroBatch
-from launch.assemble import make_engine, make_plan, objective_of, product_dtype
+from launch.assemble import make_engine, make_plan, product_dtype
 from launch.peers import deepspeed_step, timm_model
 from vitscale.config import Config
 from vitscale.ds_config import DsConfig
@@ -33,6 +33,7 @@ from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer, decays, initialise
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.metrics import Metrics, read_lines
+from vitscale.training.objective import objective_of
 from vitscale.training.trainer import Plan, train
 
 OURS = "ours"
@@ -116,7 +117,7 @@ def _timed(turn: Turn, steps: int) -> float:
 
 def _ours(config: Config, ds: DsConfig, plan: Plan, *, device: torch.device, data: Manifest | None, metrics: Metrics) -> Turn:
     engine = make_engine(config, ds, initial=None, device=device, say=print)
-    objective = objective_of(config, engine)
+    objective = objective_of(config, device=device, dtype=engine.input_dtype)
     state = TrainState()
     if data is None:
         stream: Iterator[MicroBatch] = _random_stream(config, ds)

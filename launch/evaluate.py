@@ -54,14 +54,22 @@ def main() -> None:
         model = VisionTransformer(weights.model)
     model.load_state_dict(weights.tensors, assign=True)
     model.to(accelerator.device).eval()
-    objective = Objective(model=weights.model, label_smoothing=0.0, device=accelerator.device, dtype=torch.float32)
+    objective = Objective(
+        model=weights.model,
+        label_smoothing=0.0,
+        device=accelerator.device,
+        dtype=torch.float32,
+        kind="sigmoid" if weights.meta.get("objective") == "sigmoid" else "softmax",
+        masked_classes=weights.masked_classes,
+    )
 
     def sum_over_ranks(values: Sequence[float]) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
         return accelerator.reduce(totals, "sum").tolist()
 
     scores = classify(
-        lambda images_BHWC: objective.logits(model, images_BHWC),
+        objective,
+        model,
         eval_stream(
             manifest,
             data=data,

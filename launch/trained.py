@@ -28,6 +28,8 @@ def load_weights_of(text: str) -> Weights:
         "step": str(record["state"]["step"]),
         "classes": json.dumps(record["data"]["classes"]),
         "eval_crop": str(config.augment.eval_crop),
+        "objective": config.train.objective,
+        "masked_classes": json.dumps(config.train.masked_classes),
     }
     return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
 

@@ -349,6 +349,16 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     run: RunConfig = RunConfig()
 
+    def __post_init__(self) -> None:
+        masked, classes = self.train.masked_classes, self.model.classes
+        if masked and max(masked) >= classes:
+            raise ValueError(
+                f"train.masked_classes names class {max(masked)}, but model.classes={classes} are numbered from 0 to "
+                f"{classes - 1}; remove it or set model.classes to at least {max(masked) + 1}"
+            )
+        if len(masked) == classes:
+            raise ValueError(f"train.masked_classes masks all {classes} classes of model.classes; leave at least one")
+
 
 def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_steps: int | None = None) -> int:
     """Convert a length to steps, rounding up: 1500, "30ep", "1000000img", or "5%" of `total_steps`.
@@ -370,6 +380,24 @@ def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_s
         "": amount,
     }
     return math.ceil(steps[unit])
+
+
+def check_mix_group(config: Config, *, micro_batch: int, accumulation: int) -> None:
+    """Raise UsageError where images are mixed in groups of which a micro-batch holds no whole number."""
+    group, share = config.train.mix_group, micro_batch * accumulation
+    if not (config.train.mixup or config.train.cutmix) or micro_batch % group == 0:
+        return
+    groups = [str(n) for n in range(2, micro_batch + 1) if micro_batch % n == 0]
+    micro_batches = [str(n) for n in range(group, share + 1, group) if share % n == 0]
+    ways = [
+        *([f"train.mix_group to one of {', '.join(groups)}"] if groups else []),
+        *([f"train_micro_batch_size_per_gpu to one of {', '.join(micro_batches)}"] if micro_batches else []),
+        *([] if groups or micro_batches else ["another optim.global_batch, or train.mixup and train.cutmix to 0"]),
+    ]
+    raise UsageError(
+        f"train.mix_group={group} does not divide the micro-batch of {micro_batch} images, and mixup and cutmix pair images "
+        f"inside groups; set {' or '.join(ways)}"
+    )
 
 
 # ---- decode, override, encode ---------------------------------------------------------------------------------------

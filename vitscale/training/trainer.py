@@ -27,7 +27,7 @@ class MicroBatch(Protocol):
     def images_BHWC(self) -> Tensor: ...
 
     @property
-    def labels_B(self) -> Tensor: ...
+    def labels_BM(self) -> Tensor: ...
 
     @property
     def samples_hash(self) -> int: ...
@@ -102,10 +102,11 @@ def train(
         for micro_batch in range(engine.accumulation_steps):
             batch = meter.next_of(stream)
             engine.seed_micro_batch(plan.seed, state.step, micro_batch)
-            loss = objective(engine, batch.images_BHWC, batch.labels_B)
-            meter.add(loss, batch)
+            slot = first_slot(plan.global_batch, engine, micro_batch)
+            loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
+            meter.add(loss.reported, batch)
             bad_images.add(state.step + 1, batch.bad_images)
-            engine.backward_and_maybe_step(loss, meter.clock.passed)
+            engine.backward_and_maybe_step(loss.trained, meter.clock.passed)
         state.step += 1
         state.position += plan.global_batch
         state.images_seen += plan.global_batch
@@ -139,6 +140,12 @@ def train(
 def due(step: int, every_steps: int, total_steps: int) -> bool:
     """Whether something that happens every so many steps, and after the last one, happens now. 0: only after the last."""
     return step == total_steps or (every_steps > 0 and step % every_steps == 0)
+
+
+def first_slot(global_batch: int, engine: Engine, micro_batch: int) -> int:
+    """Slot of the first image of a micro-batch of this rank: its micro-batches are consecutive slots (design.md 5.3)."""
+    share = global_batch // engine.world
+    return engine.rank * share + micro_batch * (share // engine.accumulation_steps)
 
 
 class _Meter:

@@ -53,6 +53,15 @@ def test_predicted_bytes_are_those_left_allocated(more, recompute):
     assert saved_bytes(c, recompute, element_bytes=4) == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("more", [{}, {"norm": "post"}, {"parallel": True}, {"activation": "swiglu", "mlp_width": 512}])
+@pytest.mark.parametrize("recompute", [0, 1, 2, "selective"])
+def test_dropout_keeps_a_byte_per_element(more, recompute):
+    c = config(**more)
+    model = VisionTransformer(c, recompute=recompute, dropout=0.1).train()
+    measured = left_allocated(model, torch.randn(BATCH, 3, 64, 64)) / BATCH
+    assert saved_bytes(c, recompute, element_bytes=4, dropout=0.1) == pytest.approx(measured, rel=0.05)
+
+
 def test_policies_keep_what_their_names_say():
     none, selective, every_other, all_blocks = (saved_bytes(config(), r, element_bytes=2) for r in (0, "selective", 2, 1))
     assert none > selective > every_other > all_blocks

@@ -62,7 +62,7 @@ def run(engine: Engine, config: Config, steps: range, *, poison: tuple[int, int]
         total = 0.0
         for k in range(engine.accumulation_steps):
             part = slice(k * micro, (k + 1) * micro)
-            loss = objective(engine, images[part], labels[part])
+            loss = objective(engine, images[part], labels[part, None], step=step, first_slot=0).trained
             if poison == (engine.rank, step) and k == 0:
                 loss = loss * float("nan")
             engine.backward_and_maybe_step(loss)
