@@ -37,8 +37,9 @@ from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import Objective, objective_of
-from vitscale.training.optim import lr_at, make_optimizer
+from vitscale.training.optim import make_optimizer
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.schedule import Schedule
 from vitscale.training.trainer import Plan, train
 from vitscale.weights.native import Weights, fit_to
 
@@ -54,7 +55,7 @@ class Job:
     train_data: tuple[Manifest, ...]
     eval_data: Manifest | None
     plan: Plan
-    warmup_steps: int
+    schedule: Schedule
     keep_every_steps: int
     followed: list[Difference]
     """Machine and watching settings that differ from the stored run."""
@@ -64,8 +65,8 @@ class Job:
     """Where a branch starts from; needed until it has a checkpoint of its own."""
 
 
-def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
-    """All lengths in steps: (plan, warm-up steps, keep-every steps).
+def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Schedule, int]:
+    """All lengths in steps: (plan, schedule, keep-every steps).
 
     Raises UsageError for a length that is none, and for groups of mixup that do not fit the micro-batch.
     """
@@ -81,9 +82,20 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
     total = steps("train.length", config.train.length, None)
     if total < 1:
         raise UsageError(f"train.length={config.train.length!r} is no step at all; expected at least one step")
-    warmup = steps("optim.warmup", config.optim.warmup, total)
+    optim = config.optim
+    warmup, cooldown, timescale = (
+        steps(f"optim.{name}", getattr(optim, name), total) for name in ("warmup", "cooldown", "timescale")
+    )
     if warmup > total:
-        raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+        raise UsageError(f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+    if warmup + cooldown > total:
+        raise UsageError(
+            f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} are {warmup} + {cooldown} steps, longer than "
+            f"the run of {total} steps; shorten one of them or lengthen train.length"
+        )
+    if timescale < 1:
+        raise UsageError(f"optim.timescale={optim.timescale!r} is no step at all; expected at least one step")
+    schedule = Schedule(optim=optim, warmup_steps=warmup, cooldown_steps=cooldown, timescale_steps=timescale, total_steps=total)
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
         for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
@@ -113,7 +125,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         phases=phases,
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
-    return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
+    return plan, schedule, steps("run.keep_every", config.run.keep_every, total)
 
 
 def require_cache(job: Job) -> None:
@@ -220,9 +232,7 @@ def carry_out(job: Job) -> None:
         engine=engine,
         objective=objective,
         stream=stream,
-        lr_at_step=lambda step: lr_at(
-            step, optim=config.optim, warmup_steps=job.warmup_steps, total_steps=job.plan.total_steps
-        ),
+        lr_at_step=job.schedule.lr_at,
         evaluate=evaluate if job.eval_data is not None else None,
         save=save,
         metrics=metrics,
@@ -312,7 +322,7 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
     model.to(device)
     if ds.compile_blocks:
         compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
-    return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
+    return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device, ema=config.train.ema)
 
 
 def product_dtype(config: Config) -> torch.dtype:

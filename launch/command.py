@@ -104,7 +104,7 @@ def run_training(
         # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
         place = Path(scratch) if args.dry_run and stored is None else run
         config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
-    plan, warmup_steps, keep_every_steps = make_plan(config, ds, sum(manifest.images for manifest in train_data))
+    plan, schedule, keep_every_steps = make_plan(config, ds, sum(manifest.images for manifest in train_data))
     found = differences(stored, config) if stored is not None else []
     refuse_result_changes(run, found)
     job = Job(
@@ -115,7 +115,7 @@ def run_training(
         train_data=train_data,
         eval_data=eval_data,
         plan=plan,
-        warmup_steps=warmup_steps,
+        schedule=schedule,
         keep_every_steps=keep_every_steps,
         followed=found,
         source=source,
@@ -191,7 +191,8 @@ def derived_table(job: Job) -> str:
         ),
         (
             "length",
-            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} to lr {config.optim.peak_lr}",
+            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; "
+            f"warm-up {job.schedule.warmup_steps:,} to lr {config.optim.peak_lr}",
         ),
         (
             "machine",

@@ -299,3 +299,11 @@ def _lecun_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices only, not to biases, norms, factors, tokens, positions and MAP's query."""
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("cls_token", "reg_token", "pos_embed", "latent")
+
+
+def layer_of(name: str, *, depth: int) -> int:
+    """Where a parameter stands on the way up: 0 the embeddings, l + 1 block l, depth + 1 everything behind the blocks."""
+    first, _, rest = name.partition(".")
+    if first in ("patch_embed", "cls_token", "reg_token", "pos_embed"):
+        return 0
+    return int(rest.partition(".")[0]) + 1 if first == "blocks" else depth + 1

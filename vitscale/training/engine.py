@@ -13,7 +13,8 @@ import os
 import platform
 import resource
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import xxh3_64
 from vitscale.ds_config import DsConfig
 from vitscale.training.clock import StepClock
+from vitscale.training.ema import Averages
+from vitscale.training.optim import PartitionOptimizer
+from vitscale.training.pieces import partitions_of, publish_masters
 
 # DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
 if not torch.cuda.is_available():
@@ -125,7 +129,16 @@ def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Ten
 class Engine:
     """One training engine over all ranks. Every method but `set_lr` and `seed_micro_batch` is collective."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ds: DsConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ds: DsConfig,
+        device: torch.device,
+        ema: Sequence[float] = (),
+    ) -> None:
+        """`ema`: decays of the moving averages to keep (training/ema.py)."""
         self.ds = ds
         self.device = device
         self.world = torch.distributed.get_world_size()
@@ -143,6 +156,10 @@ class Engine:
             torch.distributed.distributed_c10d._set_pg_timeout(PROCESS_GROUP_TIMEOUT, group)
         # Activations take the type of the first weights; under autocast torch casts by itself.
         self.input_dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank)
+        if isinstance(optimizer, PartitionOptimizer):
+            optimizer.attach(self.partitions)
+        self.averages = Averages(self.partitions, ema)
 
     @property
     def module(self) -> nn.Module:
@@ -151,7 +168,7 @@ class Engine:
 
     @property
     def zero_optimizer(self) -> Any:
-        """DeepSpeed's optimizer wrapper; only training/partitions.py reads its internals."""
+        """DeepSpeed's optimizer wrapper; only training/pieces.py reads its internals."""
         return self._engine.optimizer
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
@@ -188,6 +205,8 @@ class Engine:
         if is_boundary and self.ds.stage > 0:
             self.last_step_skipped = not self._engine.was_step_applied()
             self._grad_norm = self._engine.get_global_grad_norm()
+        if is_boundary and not self.last_step_skipped:
+            self.averages.update()
         passed("optimizer")
 
     def _clip_or_skip_at_stage_0(self) -> None:
@@ -217,6 +236,27 @@ class Engine:
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping. Waits for the device."""
         return float(self._grad_norm)
+
+    @property
+    def averages_of(self) -> int:
+        """The rank that writes the averages this rank keeps: at stage 0, where all keep the same, rank 0."""
+        return self.rank if self.ds.stage > 0 else 0
+
+    @contextmanager
+    def averaged(self, decay: float) -> Iterator[None]:
+        """The model with the averages of this decay as its weights, for evaluating; exactly restored. Collective.
+
+        Masters and averages change places in the partitions, so nothing is gathered but what the forward pass gathers.
+        """
+        self._swap(decay)
+        try:
+            yield
+        finally:
+            self._swap(decay)
+
+    def _swap(self, decay: float) -> None:
+        self.averages.swap(decay)
+        publish_masters(self.zero_optimizer, stage=self.ds.stage)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of each number over the ranks, in float64."""

@@ -81,7 +81,7 @@ def bare_torch() -> list[tuple[float, float]]:
     for step in range(STEPS):
         images, labels = batch_of(step)
         pixels = normalise_pixels(images, config.model.pixel_mean, config.model.pixel_std, torch.float32)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+        optimizer.param_groups[0]["lr"] = 1e-3
         optimizer.zero_grad()
         loss = F.cross_entropy(model(pixels), labels)
         loss.backward()
