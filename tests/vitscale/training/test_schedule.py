@@ -98,7 +98,7 @@ def test_the_shortest_runs_have_a_rate_above_zero_at_every_step(warmup, total):
 
 def plan_of(*overrides: str):
     config = apply_overrides(recipe_named("digits"), ["model.depth=2", "train.length=200", *overrides])
-    return make_plan(config, SimpleNamespace(micro_batch=48, recompute=0), 960)  # type: ignore[arg-type]
+    return make_plan(config, SimpleNamespace(micro_batch=48, accumulation=2, recompute=0), 960)  # type: ignore[arg-type]
 
 
 def test_lengths_come_in_steps_epochs_images_and_percent():
