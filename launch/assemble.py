@@ -27,6 +27,7 @@ from vitscale.config import Config, check_mix_group, steps_of
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.insight.board import IMAGES, attention_watcher
+from vitscale.insight.updates import UpdateWatcher
 from vitscale.model.compile import compile_blocks
 from vitscale.model.vit import VisionTransformer, initialise, kept_images
 from vitscale.planning.peaks import peak_flops_of
@@ -238,6 +239,9 @@ def carry_out(job: Job) -> None:
         metrics=metrics,
         watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
         if job.plan.attention_every_steps
+        else None,
+        watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
+        if job.plan.histograms_every_steps
         else None,
     )
     stream.close()
