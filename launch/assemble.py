@@ -212,7 +212,13 @@ def carry_out(job: Job) -> None:
 
     def evaluate() -> Scores:
         assert job.eval_data is not None
-        last_scores.append(evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch))
+        what = {"config": config, "micro_batch": job.ds.micro_batch}
+        scores = evaluate_engine(engine, objective, job.eval_data, **what)
+        averages = {}
+        for decay in engine.averages.decays:
+            with engine.averaged(decay):
+                averages[decay] = evaluate_engine(engine, objective, job.eval_data, **what)
+        last_scores.append(dataclasses.replace(scores, averages=averages))
         return last_scores[-1]
 
     def save(now: TrainState) -> None:

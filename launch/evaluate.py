@@ -13,7 +13,7 @@ from data_pipeline.remote import open_dataset
 from data_pipeline.storage import check_files
 from launch.arguments import Parser
 from launch.datasets import require_fit
-from launch.trained import load_weights_of
+from launch.trained import EMA_HELP, load_weights_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="source", required=True, metavar="RUN|WEIGHTS", help="RUN, RUN@STEP or a .safetensors file"
     )
+    parser.add_argument("--ema", nargs="?", const="", metavar="DECAY", help=EMA_HELP)
     parser.add_argument("--data", required=True, metavar="DIR|URL", help="dataset, made by launch/build_shards.py")
     parser.add_argument("--task", choices=["classify"], default="classify")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images one rank feeds forward at once")
@@ -39,7 +40,7 @@ def main() -> None:
     data = DataConfig(workers=0)
     manifest = open_dataset(args.data, cache_dir=data.cache_path)
     check_files(manifest, local_rank=cluster.local_rank, local_world=cluster.local_world)
-    weights = load_weights_of(args.source)
+    weights = load_weights_of(args.source, ema=args.ema)
     if len(manifest.classes) != weights.model.classes:
         raise UsageError(
             f"{args.source} tells {weights.model.classes} classes apart but {args.data} has {len(manifest.classes)}; "
@@ -83,8 +84,11 @@ def main() -> None:
     )
     if accelerator.is_main_process:
         record = {"source": args.source, "dataset": str(args.data), "fingerprint": manifest.fingerprint, **scores.as_record()}
+        if "ema" in weights.meta:
+            record["ema"] = float(weights.meta["ema"])
+        of = f"moving average {weights.meta['ema']} of " if "ema" in weights.meta else ""
         print(
-            f"{args.source} on {args.data}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, "
+            f"{of}{args.source} on {args.data}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, "
             f"{scores.images} images"
         )
         if args.json is not None:

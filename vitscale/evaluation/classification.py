@@ -1,8 +1,8 @@
 """Top-1, top-5 and cross-entropy over a whole dataset, every image counted exactly once on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,9 +37,14 @@ class Scores:
     """Share of images of whose labels one is among the five largest logits."""
     loss: float
     """Mean of the objective, without label smoothing, over the images with a label that is not masked."""
+    averages: "Mapping[float, Scores]" = field(default_factory=dict)
+    """During training: what the moving averages of the weights score on the same images, by decay."""
 
-    def as_record(self) -> dict[str, float]:
-        return {"images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss}
+    def as_record(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"images": self.images, "top1": self.top1, "top5": self.top5, "loss": self.loss}
+        if self.averages:
+            record["ema"] = {str(decay): scores.as_record() for decay, scores in self.averages.items()}
+        return record
 
 
 @torch.no_grad()

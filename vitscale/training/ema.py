@@ -52,7 +52,8 @@ class Averages:
         """Take over what `tensors` gave. Raises ValueError when it is not of the same decays and partitions."""
         ours = self.tensors()
         if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in ours.items()}:
-            raise ValueError(f"expected the averages {', '.join(sorted(ours))}, found {', '.join(sorted(tensors)) or 'none'}")
+            wanted, found = (", ".join(sorted(names)) or "none" for names in (ours, tensors))
+            raise ValueError(f"expected the averages {wanted}, found {found}")
         for name, average in ours.items():
             average.copy_(tensors[name])
 

@@ -79,14 +79,18 @@ class Metrics:
             self._status_at_s = now_s
             write_json(self.run / "status.json", {"phase": "training", "total_steps": self.total_steps, **_finite(line)})
 
-    def log_eval(self, step: int, scores: dict[str, float]) -> None:
-        """An evaluation after `step` steps."""
-        self._write({"step": step, "eval": scores})
-        for name, value in scores.items():
-            self._board.add_scalar(f"eval/{name}", value, step)
-        self._top1 = scores["top1"]
+    def log_eval(self, step: int, scores: dict[str, Any]) -> None:
+        """An evaluation after `step` steps; under "ema" those of the moving averages, by decay."""
+        ema = scores.get("ema", {})
+        own = {name: value for name, value in scores.items() if name != "ema"}
+        self._write({"step": step, "eval": own, **({"ema": ema} if ema else {})})
+        for tag, values in [("eval", own), *((f"eval_ema_{decay}", of_average) for decay, of_average in ema.items())]:
+            for name, value in values.items():
+                self._board.add_scalar(f"{tag}/{name}", value, step)
+        self._top1 = own["top1"]
+        averages = "".join(f", ema {decay} {of_average['top1']:.2%}" for decay, of_average in ema.items())
         self.say(
-            f"evaluated after step {step}: top-1 {scores['top1']:.2%}, loss {scores['loss']:.4f}, {scores['images']} images"
+            f"evaluated after step {step}: top-1 {own['top1']:.2%}{averages}, loss {own['loss']:.4f}, {own['images']} images"
         )
 
     def log_attention(self, step: int, picture_HWC: np.ndarray, scalars: dict[str, float]) -> None:
