@@ -211,13 +211,15 @@ def carry_out(job: Job) -> None:
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
-        assert job.eval_data is not None
-        what = {"config": config, "micro_batch": job.ds.micro_batch}
-        scores = evaluate_engine(engine, objective, job.eval_data, **what)
-        averages = {}
+
+        def score() -> Scores:
+            assert job.eval_data is not None
+            return evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch)
+
+        scores, averages = score(), {}
         for decay in engine.averages.decays:
             with engine.averaged(decay):
-                averages[decay] = evaluate_engine(engine, objective, job.eval_data, **what)
+                averages[decay] = score()
         last_scores.append(dataclasses.replace(scores, averages=averages))
         return last_scores[-1]
 
@@ -265,6 +267,7 @@ def carry_out(job: Job) -> None:
         }
         metrics.finish(record)
         mark_finished(job.run, record)
+    engine.close()
     leave_ranks()
 
 
@@ -337,7 +340,7 @@ def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device
 
 def product_dtype(config: Config) -> torch.dtype:
     """The type matrix products and attention run in, whichever way train.precision is reached."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
 
 
 def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:

@@ -23,7 +23,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import EnvironmentFault
+from vitscale.base.errors import DivergedError, EnvironmentFault
 from vitscale.base.files import xxh3_64
 from vitscale.ds_config import DsConfig
 from vitscale.training.clock import StepClock
@@ -38,6 +38,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -126,6 +128,12 @@ def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Ten
     return checkpointing.checkpoint
 
 
+def _speak(level: int) -> None:
+    """Let DeepSpeed's logger say everything from this level on; its handler has a level of its own."""
+    for place in (deepspeed_logger, *deepspeed_logger.handlers):
+        place.setLevel(level)
+
+
 class Engine:
     """One training engine over all ranks. Every method but `set_lr` and `seed_micro_batch` is collective."""
 
@@ -148,14 +156,29 @@ class Engine:
         self._grad_norm: Any = None
         self._stop_timing: Callable[[], None] = lambda: None
         self.clip = ds.record["gradient_clipping"]
+        if ds.engine["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+            raise EnvironmentFault(
+                f"train.precision=fp16 needs a device that computes in it, which {device.type} here does not by DeepSpeed's "
+                "test; set train.precision to bf16 or fp32"
+            )
+        # Of an earlier engine in this process: DeepSpeed keeps it in a module and would give this one its gradient scaler.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+        if ds.engine.get("dump_state"):
+            _speak(logging.INFO)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=None, config=ds.engine, dist_init_required=False
         )
+        if ds.engine.get("log_level") is None:
+            _speak(logging.INFO if ds.is_talkative else logging.ERROR)
         # DeepSpeed makes groups of its own without a timeout; a slow save must not be taken for a dead rank.
         for group in {self._engine.seq_data_parallel_group, self._engine.data_parallel_group}:
             torch.distributed.distributed_c10d._set_pg_timeout(PROCESS_GROUP_TIMEOUT, group)
         # Activations take the type of the first weights; under autocast torch casts by itself.
-        self.input_dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        self.input_dtype = torch.float32
+        if self._engine.bfloat16_enabled():
+            self.input_dtype = torch.bfloat16
+        elif self._engine.fp16_enabled():
+            self.input_dtype = torch.float16
         self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank)
         if isinstance(optimizer, PartitionOptimizer):
             optimizer.attach(self.partitions)
@@ -194,14 +217,23 @@ class Engine:
         """Backward of one micro-batch; at the accumulation boundary reduce, clip and update. `passed` is told of each part.
 
         A step with a non-finite gradient on any rank is skipped on all ranks: parameters and optimizer counters keep
-        their values, `last_step_skipped` becomes true.
+        their values, `last_step_skipped` becomes true. Under fp16 an overflow is such a step, and lowers the loss scale;
+        raises DivergedError when it cannot be lowered any more.
         """
         self._engine.backward(loss)
         passed("backward")
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         if is_boundary and self.ds.stage == 0:
             self._clip_or_skip_at_stage_0()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # DeepSpeed has no type for it
+                raise
+            raise DivergedError(
+                "gradients overflow fp16 at the smallest loss scale (fp16.min_loss_scale); lower optim.peak_lr or set "
+                "train.precision to bf16"
+            ) from None
         if is_boundary and self.ds.stage > 0:
             self.last_step_skipped = not self._engine.was_step_applied()
             self._grad_norm = self._engine.get_global_grad_norm()
@@ -258,6 +290,10 @@ class Engine:
         self.averages.swap(decay)
         publish_masters(self.zero_optimizer, stage=self.ds.stage)
 
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
+        return float(self._engine.loss_scale()) if self._engine.fp16_enabled() else 1.0
+
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of each number over the ranks, in float64."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -283,6 +319,14 @@ class Engine:
             raise EnvironmentFault(f"DeepSpeed found no checkpoint of rank {self.rank} in {directory / tag}")
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers, so that another engine can be made in this process."""
+        """Print what the communication logger has counted, and let go of all that DeepSpeed holds. Collective.
+
+        Another engine can be made in this process afterwards; this one has no model any more.
+        """
+        if self.ds.engine.get("comms_logger", {}).get("enabled"):
+            deepspeed.comm.log_summary()
+            deepspeed.comm.configure(enabled=False)
+        _speak(logging.ERROR)
         self._stop_timing()
         self._engine.destroy()
+        del self._engine
