@@ -153,7 +153,7 @@ class Engine:
             torch.distributed.distributed_c10d._set_pg_timeout(PROCESS_GROUP_TIMEOUT, group)
         # Activations take the type of the first weights; under autocast torch casts by itself.
         self.input_dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
-        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank)
+        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank, world=self.world)
         if isinstance(optimizer, PartitionOptimizer):
             optimizer.attach(self.partitions)
         self.averages = Averages(self.partitions, ema)
