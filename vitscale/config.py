@@ -188,7 +188,7 @@ class OptimConfig:
     """Most images one rank feeds forward at once; the micro-batch is the largest divisor of its share up to this."""
     optimizer: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023: beta1 0.9, beta2 0.99); sgd with `momentum`; muon (Jordan et
-    al. 2024, as DeepSpeed shards it) for the matrices of the blocks, adamw with `adam_lr` for everything else."""
+    al. 2024, momentum 0.95) for the matrices of the blocks, adamw with `adam_lr` for everything else."""
     schedule: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
     """After warm-up: cosine or linear down to end_lr at the end of the run; rsqrt: peak / sqrt(1 + t / timescale) (Zhai et
     al. 2022); wsd: stays at the peak; constant: as wsd, without a cool-down. rsqrt and wsd end with `cooldown`."""
@@ -210,9 +210,9 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.9
-    """sgd; muon uses 0.95 by its paper."""
+    """sgd; muon has its own."""
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the first moment (adamw, lion) or the momentum (sgd) is kept in; bf16 saves two bytes per parameter (AugReg)."""
+    """What the first moment (adamw, lion) or the momentum (sgd, muon) is kept in; bf16 saves two bytes a number (AugReg)."""
     adam_lr: float | None = None
     """muon: peak rate of what adamw updates; None: peak_lr."""
     clip: float = 1.0
@@ -239,11 +239,6 @@ class OptimConfig:
             )
         if self.adam_lr is not None and self.optimizer != "muon":
             raise ValueError(f"optim.adam_lr has no effect with optim.optimizer={self.optimizer}; delete it")
-        if self.optimizer == "muon" and (self.layer_decay != 1.0 or self.moment_dtype != "fp32"):
-            raise ValueError(
-                "optim.optimizer=muon is DeepSpeed's, which knows neither optim.layer_decay nor optim.moment_dtype; "
-                "set them to 1.0 and fp32, or another optimizer"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,8 +472,24 @@ def model_from_record(record: dict[str, Any], *, origin: str = "") -> ModelConfi
     return _decode_strictly(ModelConfig, record, "model", origin=origin)
 
 
+NOT_OFFERED = {
+    "adafactor": "it factors the second moment over rows and columns, which ZeRO's flat partitions do not know; "
+    "take adamw, with optim.moment_dtype=bf16 to save memory",
+    "lamb": "it scales each update by the norm of the whole layer, which no rank of ZeRO holds; take adamw",
+    "lars": "it scales each update by the norm of the whole layer, which no rank of ZeRO holds; take sgd",
+    "shampoo": "it needs whole matrices and their roots, and ZeRO's partitions are flat; take muon or adamw",
+    "soap": "it needs whole matrices and their eigenvectors, and ZeRO's partitions are flat; take muon or adamw",
+    "adam": "its weight decay runs through the moments; take adamw (the same with optim.weight_decay=0)",
+}
+"""Optimizers people ask for, with the reason why there is none."""
+
+
 def _decode_strictly(cls: type[T], record: Any, path: str, *, origin: str) -> T:
     try:
+        if isinstance(record, dict) and isinstance(section := record.get("optim"), dict):
+            wanted = str(section.get("optimizer")).lower()
+            if wanted in NOT_OFFERED:
+                raise ValueError(f"optim.optimizer={wanted} is not offered: {NOT_OFFERED[wanted]}")
         return decode(cls, record, path)
     except ValueError as error:
         raise UsageError(f"{origin}: {error}" if origin else str(error)) from None

@@ -30,8 +30,10 @@ SMALL = (
 
 
 def settings(stage: int, world: int, *overrides: str) -> tuple[Config, DsConfig]:
+    """At stage 3 with several sub-groups, which are stepped one after the other."""
     config = apply_overrides(recipe_named("digits"), [*SMALL, *overrides])
-    return config, resolve_ds_config({"zero_optimization": {"stage": stage}}, config=config, world=world)
+    zero = {"stage": stage, **({"sub_group_size": 1500} if stage == 3 else {})}
+    return config, resolve_ds_config({"zero_optimization": zero}, config=config, world=world)
 
 
 def fresh_model(config: Config) -> VisionTransformer:

@@ -307,3 +307,9 @@ def layer_of(name: str, *, depth: int) -> int:
     if first in ("patch_embed", "cls_token", "reg_token", "pos_embed"):
         return 0
     return int(rest.partition(".")[0]) + 1 if first == "blocks" else depth + 1
+
+
+def matrices_in(name: str, config: ModelConfig) -> int:
+    """How many matrices of equal size stand one above the other in a parameter: queries, keys, values; SwiGLU's two."""
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    return {"qkv": 3, "kv": 2, "fc1": 2 if config.activation == "swiglu" else 1}.get(kind, 1)

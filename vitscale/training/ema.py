@@ -37,12 +37,13 @@ class Averages:
     def swap(self, decay: float) -> None:
         """Exchange masters and averages in place, exactly; twice is nothing."""
         for key, master in self._masters.items():
-            ours, theirs = master.view(-1), self._averages[decay][key].view(-1)
-            for begin in range(0, ours.numel(), CHUNK):
-                part = slice(begin, begin + CHUNK)
-                kept = ours[part].clone()
-                ours[part].copy_(theirs[part])
-                theirs[part].copy_(kept)
+            room = torch.empty(min(CHUNK, master.numel()), device=master.device)
+            for ours, theirs in zip(
+                master.view(-1).split(CHUNK), self._averages[decay][key].view(-1).split(CHUNK), strict=True
+            ):
+                kept = room[: ours.numel()].copy_(ours)
+                ours.copy_(theirs)
+                theirs.copy_(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every average by "decay/key of its partition"."""

@@ -179,7 +179,7 @@ class Engine:
             self.input_dtype = torch.bfloat16
         elif self._engine.fp16_enabled():
             self.input_dtype = torch.float16
-        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank)
+        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank, world=self.world)
         if isinstance(optimizer, PartitionOptimizer):
             optimizer.attach(self.partitions)
         self.averages = Averages(self.partitions, ema)

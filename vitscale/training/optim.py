@@ -1,23 +1,25 @@
-"""AdamW, Lion and SGD on ZeRO's flat partitions, in one parameter group whatever the layers' rates and decays.
+"""AdamW, Lion, SGD and Muon on ZeRO's flat partitions, in one parameter group whatever the layers' rates and decays.
 
 ZeRO makes buckets, partitions and collectives per parameter group, so layer decay by groups (2 (L + 2) of them) slows it
 down. Here there is one group; each number's factor of the learning rate and weight decay follow from the *piece* of a
-partition it lies in (training/pieces.py), and pieces with the same two go to one call. Only element-wise optimizers can
-work so: a partition knows neither rows nor columns, and its padding is never touched.
+partition it lies in (training/pieces.py), and pieces with the same two go to one call. Element-wise optimizers need no
+more: a partition knows neither rows nor columns, and its padding is never touched. Muon needs whole matrices for a moment,
+and has them in a group of their own (training/muon.py).
 
-State per partition: "exp_avg" (optim.moment_dtype), adamw also "exp_avg_sq" (float32) and "step", a counter of its own.
+State per partition: "exp_avg" (optim.moment_dtype), with adamw also "exp_avg_sq" (float32) and "step", a counter of its own.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vitscale.config import OptimConfig
-from vitscale.model.vit import VisionTransformer, decays, layer_of
+from vitscale.model.vit import VisionTransformer, decays, layer_of, matrices_in
+from vitscale.training.muon import MOMENTUM, bundled, orthogonal
 from vitscale.training.pieces import Partition, whole
 
 CHUNK = 1 << 22
@@ -28,6 +30,7 @@ CHUNK = 1 << 22
 class Role:
     """How a parameter is updated."""
 
+    rule: Literal["adamw", "lion", "sgd", "muon"]
     lr_factor: float
     weight_decay: float
 
@@ -48,12 +51,15 @@ class Span:
 def role_of(name: str, parameter: Tensor, *, depth: int, optim: OptimConfig) -> Role:
     """Layer decay as BEiT (Bao et al. 2022) and MAE (He et al. 2022) have it: the embeddings (patches, class token,
     registers, positions) are layer 0, block l is layer l + 1, all behind the blocks has factor 1; layer i of the
-    L + 1 has factor layer_decay^(L + 1 - i). Matrices decay, the head's by its own rate."""
-    factor = optim.layer_decay ** (depth + 1 - layer_of(name, depth=depth))
-    if not decays(name, parameter):
-        return Role(lr_factor=factor, weight_decay=0.0)
-    is_head = name == "head.weight" and optim.head_weight_decay is not None
-    return Role(lr_factor=factor, weight_decay=optim.head_weight_decay if is_head else optim.weight_decay)  # type: ignore[arg-type]
+    L + 1 has factor layer_decay^(L + 1 - i). Matrices decay, the head's by its own rate. With muon the matrices of the
+    blocks are its own, and adamw has the rest."""
+    factor, rule = optim.layer_decay ** (depth + 1 - layer_of(name, depth=depth)), optim.optimizer
+    if rule == "muon" and not (name.startswith("blocks.") and decays(name, parameter)):
+        rule, factor = "adamw", factor * (optim.adam_lr or optim.peak_lr) / optim.peak_lr
+    weight_decay = optim.weight_decay if decays(name, parameter) else 0.0
+    if name == "head.weight" and optim.head_weight_decay is not None:
+        weight_decay = optim.head_weight_decay
+    return Role(rule=rule, lr_factor=factor, weight_decay=weight_decay)
 
 
 class PartitionOptimizer(torch.optim.Optimizer):
@@ -62,21 +68,28 @@ class PartitionOptimizer(torch.optim.Optimizer):
     adamw   torch's fused kernel; decoupled decay (Loshchilov & Hutter 2019): w <- w - lr wd w - lr m' / (sqrt(v') + eps)
     lion    Chen et al. 2023, algorithm 2: c = b1 m + (1 - b1) g;  w <- w - lr wd w - lr sign(c);  m <- b2 m + (1 - b2) g
     sgd     m <- momentum m + g;  w <- w - lr wd w - lr m: decay beside the momentum, not in it as torch.optim.SGD has it
+    muon    training/muon.py, for the matrices of the blocks; collective where ZeRO shares them out
 
     lr is the group's times the factor of the role. Gradients of None are left alone, state and counters with them.
     """
 
     def __init__(self, model: VisionTransformer, *, optim: OptimConfig) -> None:
         self.optim = optim
+        self._config = model.config
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._roles = {name: role_of(name, p, depth=model.config.depth, optim=optim) for name, p in named.items()}
         # Matrices first: then the pieces of a layer with one role are neighbours in the partition, and make one span.
         order = sorted(named, key=lambda name: not decays(name, named[name]))
-        super().__init__([named[name] for name in order], {"lr": optim.peak_lr})
+        is_muon = [self._roles[name].rule == "muon" for name in order]
+        groups = [
+            [named[name] for name, is_in in zip(order, is_muon, strict=True) if is_in == wanted] for wanted in (False, True)
+        ]
+        super().__init__([{"params": group} for group in groups if group], {"lr": optim.peak_lr})
         self.attach([whole(name, parameter) for name, parameter in named.items()])
 
     def attach(self, partitions: Sequence[Partition]) -> None:
         """Say which parameters lie where in the tensors this optimizer is given from now on."""
+        self._partitions = {id(partition.master): partition for partition in partitions}
         self._spans = {id(partition.master): list(self._merged(partition)) for partition in partitions}
 
     def _merged(self, partition: Partition) -> Iterator[Span]:
@@ -102,17 +115,24 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 state = self.state[tensor] or self._fresh_state(tensor)
                 if "step" in state:
                     state["step"] += 1
+                if self._is_muon(tensor):
+                    # On every rank, also on one that holds nothing of these matrices.
+                    self._muon(tensor, group["lr"])
+                    continue
                 for span in self._spans[id(tensor)]:
                     by_role[span.role].append((tensor, span))
                     lrs[span.role] = group["lr"] * span.role.lr_factor
-        update = {"adamw": self._adamw, "lion": self._lion, "sgd": self._sgd}[self.optim.optimizer]
+        update = {"adamw": self._adamw, "lion": self._lion, "sgd": self._sgd}
         for role, places in by_role.items():
-            update(places, lrs[role], role.weight_decay)
+            update[role.rule](places, lrs[role], role.weight_decay)
+
+    def _is_muon(self, tensor: Tensor) -> bool:
+        return any(self._roles[name].rule == "muon" for name in self._partitions[id(tensor)].shapes)
 
     def _fresh_state(self, tensor: Tensor) -> dict[str, Tensor]:
         state = self.state[tensor]
         state["exp_avg"] = torch.zeros_like(tensor, dtype=self._moment_dtype)
-        if self.optim.optimizer == "adamw":
+        if self.optim.optimizer in ("adamw", "muon") and not self._is_muon(tensor):
             state["exp_avg_sq"] = torch.zeros_like(tensor)
             state["step"] = torch.zeros((), device=tensor.device)
         return state
@@ -161,6 +181,31 @@ class PartitionOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_add_(weights, moments_fp32, alpha=-lr)
             _round(moments, moments_fp32)
+
+    def _muon(self, tensor: Tensor, lr: float) -> None:
+        partition = self._partitions[id(tensor)]
+        assert tensor.grad is not None
+        weights, gradients, moments = (
+            flat.view(-1) for flat in (tensor, tensor.grad.contiguous(), self.state[tensor]["exp_avg"])
+        )
+        held = {piece.name: piece for piece in partition.pieces}
+        for names in bundled(partition.shapes):
+            directions = []
+            for name in names:
+                shape = torch.Size(partition.shapes[name])
+                direction = torch.zeros(shape, device=tensor.device)
+                if (piece := held.get(name)) is not None:
+                    mine = slice(piece.offset, piece.offset + piece.numel)
+                    moment = moments[mine].float().lerp_(gradients[mine], 1 - MOMENTUM)
+                    moments[mine] = moment
+                    direction.view(-1)[piece.start : piece.start + piece.numel] = gradients[mine].lerp(moment, MOMENTUM)
+                directions.append(direction)
+            stacks = [matrices_in(name, self._config) for name in names]
+            for name, direction in zip(names, orthogonal(directions, stacks, is_sharded=partition.is_sharded), strict=True):
+                if (piece := held.get(name)) is not None:
+                    rate, mine = lr * self._roles[name].lr_factor, slice(piece.offset, piece.offset + piece.numel)
+                    weights[mine].mul_(1 - rate * self._roles[name].weight_decay)
+                    weights[mine].sub_(direction.reshape(-1)[piece.start : piece.start + piece.numel], alpha=rate)
 
     def _states(self, places: list[tuple[Tensor, Span]], key: str) -> list[Tensor]:
         return [span.of(self.state[tensor][key]) for tensor, span in places]

@@ -279,6 +279,7 @@ def test_retention_never_takes_the_newest_nor_the_multiples(steps, keep_last, ke
         ("zero_pp_rank_3_mp_rank_00_model_states.pt", 3),
         ("bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt", 11),
         ("partition-00007.json", 7),
+        ("ema-00009.safetensors", 9),
         ("anything.else", 0),
     ],
 )

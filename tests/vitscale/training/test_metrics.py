@@ -65,6 +65,16 @@ def test_an_evaluation_is_a_line_without_a_loss(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1]
 
 
+def test_the_scores_of_moving_averages_stand_beside_those_of_the_weights(tmp_path, capsys):
+    metrics = metrics_of(tmp_path)
+    own, average = ({"images": 9, "top1": top1, "top5": 1.0, "loss": 0.5} for top1 in (0.5, 0.75))
+    metrics.log_eval(1, {**own, "ema": {"0.999": average}})
+    metrics.close()
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "eval": own, "ema": {"0.999": average}}
+    assert "top-1 50.00%, ema 0.999 75.00%, loss 0.5000, 9 images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_non_finite_numbers_are_texts_because_json_has_no_word_for_them(tmp_path, value, text):
     metrics = metrics_of(tmp_path)

@@ -9,6 +9,7 @@ from torch import Tensor
 from vitscale.config import ModelConfig, OptimConfig
 from vitscale.model.vit import VisionTransformer, layer_of
 from vitscale.training import optim as optim_module
+from vitscale.training.muon import newton_schulz
 from vitscale.training.optim import PartitionOptimizer, Role, make_optimizer
 from vitscale.training.pieces import Partition, Piece
 
@@ -100,7 +101,7 @@ def test_layer_decay_and_weight_decay_masks_equal_a_group_per_parameter(rule, ch
         torch.testing.assert_close(model.get_parameter(name).detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "muon"])
 def test_a_bfloat16_moment_is_the_float32_moment_rounded_after_each_step(rule, monkeypatch):
     monkeypatch.setattr(optim_module, "CHUNK", 50)
     model, rounded = model_of(), model_of()
@@ -118,7 +119,7 @@ def test_a_bfloat16_moment_is_the_float32_moment_rounded_after_each_step(rule, m
         torch.testing.assert_close(parameter, rounded.get_parameter(name), rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "muon"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_state_saved_and_loaded_goes_on_bit_for_bit(rule, dtype):
     settings = {"optimizer": rule, "moment_dtype": dtype, **LAYERED}
@@ -160,7 +161,7 @@ def test_pieces_of_a_flat_partition_are_updated_as_their_parameters_and_padding_
     optimizer.param_groups[0]["lr"] = RATES[0]
     optimizer.attach(
         [
-            Partition(key=str(n), master=flat, pieces=tuple(piece for group, piece in places if group == n))
+            Partition(key=str(n), master=flat, pieces=tuple(piece for group, piece in places if group == n), shapes={})
             for n, flat in enumerate(flats)
         ]
     )
@@ -182,10 +183,12 @@ def test_exactly_the_matrices_decay():
     model = model_of(registers=1)
     optimizer = optimizer_of(model)
     roles = {name: {span.role for span in optimizer._spans[id(parameter)]} for name, parameter in model.named_parameters()}
-    assert {name for name, role in roles.items() if role == {Role(lr_factor=1.0, weight_decay=0.05)}} == set(DECAYED)
-    assert {name for name, role in roles.items() if role == {Role(lr_factor=1.0, weight_decay=0.0)}} == roles.keys() - set(
+    assert {name for name, role in roles.items() if role == {Role(rule="adamw", lr_factor=1.0, weight_decay=0.05)}} == set(
         DECAYED
     )
+    assert {
+        name for name, role in roles.items() if role == {Role(rule="adamw", lr_factor=1.0, weight_decay=0.0)}
+    } == roles.keys() - set(DECAYED)
 
 
 def test_zero_gets_one_group_with_the_matrices_in_front():
@@ -207,6 +210,27 @@ def test_every_parameter_has_a_layer():
         assert {name for name, layer in layers.items() if layer == block + 1} == inside != set()
     rest = {name.split(".")[0] for name, layer in layers.items() if layer == 3}
     assert rest == {"norm", "attn_pool", "pre_logits", "head"}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest_at_its_own_rate():
+    model = model_of()
+    optimizer = optimizer_of(model, optimizer="muon", adam_lr=PEAK / 4, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    adamw, muon = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert muon == DECAYED[1:-1] and sorted(adamw + muon) == sorted(names.values())
+    assert optimizer._roles["head.bias"] == Role(rule="adamw", lr_factor=0.25, weight_decay=0.0)
+    assert optimizer._roles["blocks.1.mlp.fc1.weight"] == Role(rule="muon", lr_factor=0.5, weight_decay=0.05)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 32), (16, 16)])
+def test_muon_makes_singular_values_nearly_equal(shape):
+    momentum = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    values = torch.linalg.svdvals(newton_schulz(momentum[None])[0])
+    assert (
+        values.min() > 0.6
+        and values.max() < 1.3
+        and torch.linalg.svdvals(momentum).min() < 0.7 * torch.linalg.svdvals(momentum).max()
+    )
 
 
 def test_frozen_parameters_are_left_out():

@@ -10,7 +10,7 @@ from tests.helpers.small_engine import batch_of, fresh_model, make, settings, tr
 from vitscale.base.cluster import Cluster
 
 STEPS, LR = 20, 1e-2
-RULES = ("adamw", "lion", "sgd")
+RULES = ("adamw", "lion", "sgd", "muon")
 # eps above the rounding of gradients, so that Adam does not magnify another order of sums; beta2 of Lion's paper.
 LAYERED = [
     "optim.layer_decay=0.6",
@@ -29,6 +29,21 @@ def by_hand(name: str, parameter: Tensor) -> tuple[float, float]:
     return 0.6 ** (3 - layer), 0.5 if name == "head.weight" else 0.1
 
 
+def muon_direction(momentum: Tensor, stack: int) -> Tensor:
+    """Newton-Schulz as its authors wrote it, matrix by matrix."""
+    parts = []
+    for G in momentum.chunk(stack):
+        a, b, c = (3.4445, -4.7750, 2.0315)
+        X = G.T if G.size(0) > G.size(1) else G
+        X = X / (X.norm() + 1e-7)
+        for _ in range(5):
+            A = X @ X.T
+            X = a * X + (b * A + c * A @ A) @ X
+        X = X.T if G.size(0) > G.size(1) else X
+        parts.append(X * max(1, G.size(0) / G.size(1)) ** 0.5)
+    return torch.cat(parts)
+
+
 def plain_loop(rule: str) -> dict[str, Tensor]:
     """The same steps in bare torch: one process, one batch, a group per parameter or the formula."""
     config, _ = settings(0, 1, *LAYERED)
@@ -40,18 +55,33 @@ def plain_loop(rule: str) -> dict[str, Tensor]:
         betas=(0.9, 0.99),
         eps=1e-5,
     )
+    matrices = [name for name in named if name.startswith("blocks.") and named[name].ndim == 2]
     moments = {name: torch.zeros_like(p) for name, p in named.items()}
     for step in range(STEPS):
         pixels, labels = batch_of(step, config)
         adamw.zero_grad()
         F.cross_entropy(model(pixels), labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        if rule == "adamw":
+        if rule == "muon":
+            gradients = {name: named[name].grad for name in matrices}
+            for name in matrices:
+                named[name].grad = None
+        if rule in ("adamw", "muon"):
             adamw.step()
-            continue
+            if rule == "adamw":
+                continue
+            for name in matrices:
+                named[name].grad = gradients[name]
         with torch.no_grad():
             for name, p in named.items():
+                if rule == "muon" and name not in matrices:
+                    continue
                 (factor, decay), m, g = roles[name], moments[name], p.grad
+                if rule == "muon" and name in matrices:
+                    moments[name] = m = 0.95 * m + 0.05 * g
+                    p *= 1 - LR * factor * decay
+                    p -= LR * factor * muon_direction(0.95 * m + 0.05 * g, 3 if "qkv" in name else 1)
+                    continue
                 update = (0.9 * m + 0.1 * g).sign() if rule == "lion" else 0.9 * m + g
                 p -= LR * factor * decay * p
                 p -= LR * factor * update
@@ -68,6 +98,7 @@ def all_stages(cluster: Cluster) -> dict[tuple[str, int], dict]:
             train(engine, config, range(STEPS), lr=LR)
             # As numpy: a tensor in a pipe needs its process to live on.
             found[rule, stage] = {name: whole.numpy() for name, whole in whole_tensors(engine).items()}
+            assert stage < 3 or len(engine.partitions) > 2, "one sub-group would not show counters that are shared"
             engine.close()
     return found
 
