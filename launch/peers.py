@@ -20,8 +20,9 @@ from torch import nn
 from data_pipeline.config import AugmentConfig
 from data_pipeline.manifest import Manifest
 from vitscale.base.errors import EnvironmentFault
-from vitscale.config import Config, ModelConfig
+from vitscale.config import Config
 from vitscale.ds_config import DsConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.layers import normalise_pixels
 
 _SHUFFLED = 1000

@@ -9,7 +9,6 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from vitscale.base.errors import UsageError
 from vitscale.config import (
     Config,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -21,6 +20,7 @@ from vitscale.config import (
     steps_of,
     to_record,
 )
+from vitscale.model.config import ModelConfig
 from vitscale.recipes.catalog import RECIPES, recipe_named
 
 MODEL = {"image_size": 8, "patch_size": 2, "width": 64, "depth": 4, "heads": 4, "classes": 10}

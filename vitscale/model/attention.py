@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.dropout import Dropout
 from vitscale.model.norms import make_norm
 from vitscale.model.position import rotate

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vitscale.base.files import xxh3_64
-from vitscale.config import ModelConfig, Recompute
 from vitscale.model.attention import AttentionPool
+from vitscale.model.config import ModelConfig, Recompute
 from vitscale.model.dropout import Dropout
 from vitscale.model.layers import Block, FeedForward, Kept, PatchEmbed
 from vitscale.model.norms import make_norm

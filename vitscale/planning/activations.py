@@ -9,7 +9,7 @@ only; selective recomputation keeps the input of a block and the results of its 
 S tokens   D width   M feed-forward width   H heads   L depth   b bytes of an element
 """
 
-from vitscale.config import ModelConfig, Recompute
+from vitscale.model.config import ModelConfig, Recompute
 
 
 def saved_bytes(model: ModelConfig, recompute: Recompute, *, element_bytes: int, dropout: float = 0.0) -> int:

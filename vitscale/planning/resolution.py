@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vitscale.config import ModelConfig, Recompute
+from vitscale.model.config import ModelConfig, Recompute
 from vitscale.model.flops import recomputed_flops, train_flops
 
 

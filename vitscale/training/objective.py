@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscale.config import Config, ModelConfig
+from vitscale.config import Config
+from vitscale.model.config import ModelConfig
 from vitscale.model.layers import normalise_pixels
 from vitscale.training.losses import Losses, Targets, sigmoid_losses, softmax_losses, sparse_targets
 from vitscale.training.mixing import Mixing, mix

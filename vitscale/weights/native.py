@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import fsync_path, publish, temporary_beside, xxh3_64
-from vitscale.config import ModelConfig, model_from_record
+from vitscale.config import model_from_record
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.model.position import resize_patch_kernel, resize_positions
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitscale.config import ModelConfig
 from vitscale.insight import attention_maps as maps_module
 from vitscale.insight.attention_maps import attention_maps
 from vitscale.insight.look import LayerTally, high_norm_tokens, look, patch_distances
 from vitscale.insight.parameters import patch_filters, position_similarity
 from vitscale.insight.rollout import attention_rollout, gradient_rollout
 from vitscale.model import attention as attention_module
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 
 KINDS = {

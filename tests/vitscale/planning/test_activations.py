@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import forward_flops, recomputed_flops, train_flops
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.planning.activations import saved_bytes

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import recomputed_flops, train_flops
 from vitscale.planning.resolution import Phase, flops_until, phase_at, phases_of
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitscale.config import ModelConfig, OptimConfig
+from vitscale.config import OptimConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, layer_of
 from vitscale.training import optim as optim_module
 from vitscale.training.muon import newton_schulz
