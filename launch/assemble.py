@@ -6,6 +6,7 @@ carry_out      start the ranks, make the engine, restore, train, evaluate, mark 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,12 +182,13 @@ def carry_out(job: Job) -> None:
 
     def evaluate() -> Scores:
         assert job.eval_data is not None
-        what = {"config": config, "micro_batch": job.ds.micro_batch}
-        scores = evaluate_engine(engine, objective, job.eval_data, **what)
-        averages = {}
+        score = functools.partial(
+            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch
+        )
+        scores, averages = score(), {}
         for decay in engine.averages.decays:
             with engine.averaged(decay):
-                averages[decay] = evaluate_engine(engine, objective, job.eval_data, **what)
+                averages[decay] = score()
         last_scores.append(dataclasses.replace(scores, averages=averages))
         return last_scores[-1]
 
