@@ -6,6 +6,7 @@ carry_out      start the ranks, make the engine, restore, train, evaluate, mark 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,11 +212,10 @@ def carry_out(job: Job) -> None:
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
-
-        def score() -> Scores:
-            assert job.eval_data is not None
-            return evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch)
-
+        assert job.eval_data is not None
+        score = functools.partial(
+            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch
+        )
         scores, averages = score(), {}
         for decay in engine.averages.decays:
             with engine.averaged(decay):
