@@ -89,7 +89,10 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
         steps(f"optim.{name}", getattr(optim, name), total) for name in ("warmup", "cooldown", "timescale")
     )
     if warmup > total:
-        raise UsageError(f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+        raise UsageError(
+            f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps; "
+            "shorten optim.warmup or lengthen train.length"
+        )
     if warmup + cooldown > total:
         raise UsageError(
             f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} are {warmup} + {cooldown} steps, longer than "
