@@ -228,14 +228,14 @@ def table(outcomes: dict[Cell, Outcome]) -> Iterator[str]:
 
 PREAMBLE = f"""# Everything against plain torch
 
-Written by `python -m tests.measure.matrix`; `tests/vitscale/training/test_matrix.py` runs the same cells and holds them to a
-tolerance. A ViT of width 32 and depth 2 on 8 px images, {STEPS} steps of {BATCH} images with AdamW and clipping, on gloo ranks
-of one machine without a GPU, against `vitscale/training/reference.py` in float32. All cells of one world run in one process, one
-engine after the other.
+Written by `python -m tests.measure.matrix`; `tests/vitscale/training/test_matrix.py` runs the same cells and holds them
+to a tolerance. A ViT of width 32 and depth 2 on 8 px images, {STEPS} steps of {BATCH} images with AdamW and clipping, on gloo
+ranks of one machine without a GPU, against `vitscale/training/reference.py` in float32. All cells of one world run in one
+process, one engine after the other.
 
 loss, norm: largest relative difference of a step's loss and gradient norm. gradient: the norm of the difference of one
-parameter's gradient by the norm of the whole gradient, largest over parameters and steps. Offload means the optimizer's state,
-and at stage 3 the parameters too. fp32 differs by the order of sums; bf16 by its 8 bits of mantissa.
+parameter's gradient by the norm of the whole gradient, largest over parameters and steps. Offload means the optimizer's
+state, and at stage 3 the parameters too. fp32 differs by the order of sums; bf16 by its 8 bits of mantissa.
 
 """
 

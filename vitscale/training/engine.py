@@ -302,7 +302,7 @@ class Engine:
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
-        return float(self._engine.loss_scale()) if self._engine.fp16_enabled() else 1.0
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of each number over the ranks, in float64."""
