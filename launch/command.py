@@ -12,6 +12,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS
 from launch.arguments import Parser
 from launch.assemble import Job, carry_out, make_plan, require_cache
+from launch.branch import Parent, find_parent, is_same_parent, require_same_state
 from launch.datasets import EMBEDDED, absolute, open_datasets
 from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
@@ -21,6 +22,7 @@ from vitscale.config import Config, all_keys, apply_overrides, from_record
 from vitscale.ds_config import read_ds_config, resolve_ds_config
 from vitscale.model.flops import forward_flops, parameters
 from vitscale.recipes.catalog import recipe_named
+from vitscale.training.checkpoint import candidates
 from vitscale.training.rundir import FINISHED, differences, refuse_result_changes, stored_config
 
 DEFAULT_DS_CONFIG = Path(__file__).resolve().parent.parent / "ds_config.json"
@@ -54,11 +56,12 @@ def run_training(
     default_recipe: str,
     adapt: Callable[[Config], Config] = lambda config: config,
     source: str | None = None,
+    branch: str | None = None,
 ) -> None:
     """From parsed flags to a finished run.
 
     `adapt` changes a fresh recipe before the overrides apply (fine-tuning puts its model there); `source` names the
-    weights to start from.
+    weights to start from, `branch` the run and step whose whole state a new run starts from.
     """
     cluster = resolve_cluster(os.environ)
     if args.world is not None:
@@ -74,10 +77,15 @@ def run_training(
 
     run = args.run or Path("runs") / (args.recipe or default_recipe)
     stored = stored_config(run)
+    parent = _parent(branch, stored, run)
+    if branch and (args.recipe or args.config):
+        raise UsageError("--from takes the configuration of its run; leave out --recipe and --config")
     if args.config:
         config = from_record(read_json(args.config), origin=str(args.config))
     elif stored is not None and not args.recipe:
         config = stored
+    elif parent is not None:
+        config = parent.config
     else:
         config = adapt(recipe_named(args.recipe or default_recipe))
     ds_overrides = [text.removeprefix("ds.") for text in args.overrides if text.startswith("ds.")]
@@ -86,13 +94,17 @@ def run_training(
     if source is not None:
         origin = dataclasses.replace(config.train, init_weights=source, init_sha256=identity_of(source))
         config = dataclasses.replace(config, train=origin)
+    if parent is not None:
+        require_same_state(parent, config)
+        origin = dataclasses.replace(config.train, branch=parent.name, init_sha256=parent.sha256)
+        config = dataclasses.replace(config, train=origin)
     ds = resolve_ds_config(read_ds_config(args.deepspeed_config, ds_overrides), config=config, world=cluster.world)
 
     with tempfile.TemporaryDirectory() as scratch:
         # A dry run writes nothing: embedded data goes to a directory that is gone afterwards.
         place = Path(scratch) if args.dry_run and stored is None else run
         config, train_data, eval_data = open_datasets(config, run=place, cluster=cluster)
-    plan, warmup_steps, keep_every_steps = make_plan(config, ds, sum(manifest.images for manifest in train_data))
+    plan, schedule, keep_every_steps = make_plan(config, ds, sum(manifest.images for manifest in train_data))
     found = differences(stored, config) if stored is not None else []
     refuse_result_changes(run, found)
     job = Job(
@@ -103,10 +115,11 @@ def run_training(
         train_data=train_data,
         eval_data=eval_data,
         plan=plan,
-        warmup_steps=warmup_steps,
+        schedule=schedule,
         keep_every_steps=keep_every_steps,
         followed=found,
         source=source,
+        parent=parent,
     )
     if cluster.rank == 0:
         print(derived_table(job), flush=True)
@@ -118,6 +131,22 @@ def run_training(
         require_cache(job)
     if not args.dry_run:
         carry_out(job)
+
+
+def _parent(wanted: str | None, stored: Config | None, run: Path) -> Parent | None:
+    """The parent of a branch that has no checkpoint of its own yet; None for what is no branch, or stands by itself."""
+    known = stored.train.branch if stored is not None else ""
+    if wanted and stored is not None and not is_same_parent(wanted, known):
+        raise UsageError(
+            f"{run} is {f'a branch of {known}' if known else 'no branch'}, so it cannot start from {wanted}; "
+            "leave out --from to continue it, or give another --run directory"
+        )
+    if not (known or wanted) or candidates(run / "checkpoints"):
+        return None
+    parent = find_parent(known or wanted or "")
+    if parent.step_directory.parent.parent == run.resolve():
+        raise UsageError(f"--from {wanted} names the run itself; give the branch a --run directory of its own")
+    return parent
 
 
 def _with_paths(config: Config, args: Namespace) -> Config:
@@ -162,7 +191,8 @@ def derived_table(job: Job) -> str:
         ),
         (
             "length",
-            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; warm-up {job.warmup_steps:,} to lr {config.optim.peak_lr}",
+            f"{plan.total_steps:,} steps = {epochs:.4g} epochs; "
+            f"warm-up {job.schedule.warmup_steps:,} to lr {config.optim.peak_lr}",
         ),
         (
             "machine",

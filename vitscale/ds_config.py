@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.base.errors import UsageError, nearest
-from vitscale.config import Config, Recompute
+from vitscale.config import Config
 from vitscale.ds_check import OFFLOADS, check_record, check_stage, offloaded
 from vitscale.ds_keys import ACTIVATION_KEYS
+from vitscale.model.config import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,9 @@ WRONG = [
     (["--data", "{data}/ten,"], 2, ["--data", "between the commas, got ''"]),
     (["data.path=a=0"], 2, ["the weight of a must be above 0"]),
     (["--data", "{data}/ten", "--eval-data", "{data}/ten,{data}/three"], 2, ["expected one dataset", "only --data mixes"]),
-    (["--data", "{data}/several"], 2, ["needs one label per image", "up to 2 labels per image"]),
-    (["--data", "{data}/unlabelled"], 2, ["needs one label per image", "has no labels"]),
+    (["--data", "{data}/unlabelled"], 2, ["need labels", "has none"]),
+    (["train.masked_classes=[3,10]"], 2, ["names class 10", "model.classes=10", "at least 11"]),
+    (["train.mixup=0.8", "train.mix_group=5"], 2, ["train.mix_group=5", "48 images", "one of 2, 3, 4, 6, 8, 12, 16, 24, 48"]),
     (["data.bad_images_max=2"], 2, ["data.bad_images_max must be within 0 and 1, got 2"]),
     (["--config", "{data}/none.json"], 3, ["expected a file at"]),
 ]
