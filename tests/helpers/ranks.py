@@ -1,7 +1,7 @@
 """Start several gloo ranks on this machine, for laws that only hold between processes."""
 
-import importlib
 import gc
+import importlib
 import multiprocessing
 import os
 import socket
