@@ -21,6 +21,7 @@ LAYERS = [
     ["launch"],
     ["launch.command", "launch.bench_loader", "launch.bench_step", "launch.certificate"],
     ["launch.peers"],
+    ["launch.estimates"],
     ["launch.assemble"],
     ["launch.trained", "launch.datasets", "launch.phased", "launch.branch"],
     ["launch.arguments"],
