@@ -6,6 +6,7 @@ carry_out      start the ranks, make the engine, restore, train, evaluate, mark 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,10 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
         steps(f"optim.{name}", getattr(optim, name), total) for name in ("warmup", "cooldown", "timescale")
     )
     if warmup > total:
-        raise UsageError(f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+        raise UsageError(
+            f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps; "
+            "shorten optim.warmup or lengthen train.length"
+        )
     if warmup + cooldown > total:
         raise UsageError(
             f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} are {warmup} + {cooldown} steps, longer than "
@@ -211,11 +215,10 @@ def carry_out(job: Job) -> None:
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
-
-        def score() -> Scores:
-            assert job.eval_data is not None
-            return evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch)
-
+        assert job.eval_data is not None
+        score = functools.partial(
+            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch
+        )
         scores, averages = score(), {}
         for decay in engine.averages.decays:
             with engine.averaged(decay):

@@ -96,9 +96,7 @@ def whole_tensors(engine: Engine, of: Callable[[Partition], Tensor] = lambda par
     whole: dict[str, Tensor] = {}
     for pieces in from_all_ranks(mine):
         for piece, values in pieces:
-            shape = torch.Size(piece.shape)
-            target = whole.setdefault(piece.name, torch.full((shape.numel(),), float("nan")))
-            target[piece.start : piece.start + piece.numel] = values
-    shapes = {piece.name: piece.shape for pieces in from_all_ranks([p for p, _ in mine]) for piece in pieces}
+            target = whole.setdefault(piece.name, torch.full(piece.shape, float("nan")))
+            target.view(-1)[piece.start : piece.start + piece.numel] = values
     assert not any(values.isnan().any() for values in whole.values())
-    return {name: values.view(shapes[name]) for name, values in whole.items()}
+    return whole

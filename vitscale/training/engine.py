@@ -8,6 +8,7 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 """
 
 import datetime
+import inspect
 import logging
 import os
 import platform
@@ -41,6 +42,8 @@ import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -132,6 +135,13 @@ def _speak(level: int) -> None:
     """Let DeepSpeed's logger say everything from this level on; its handler has a level of its own."""
     for place in (deepspeed_logger, *deepspeed_logger.handlers):
         place.setLevel(level)
+
+
+def _forget_stage_3() -> None:
+    """Empty what DeepSpeed keeps in modules and caches, and with it every stage-3 engine of this process for ever."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    wrapped = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
 
 
 class Engine:
@@ -292,7 +302,7 @@ class Engine:
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
-        return float(self._engine.loss_scale()) if self._engine.fp16_enabled() else 1.0
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of each number over the ranks, in float64."""
@@ -330,3 +340,4 @@ class Engine:
         self._stop_timing()
         self._engine.destroy()
         del self._engine
+        _forget_stage_3()

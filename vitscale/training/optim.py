@@ -108,13 +108,14 @@ class PartitionOptimizer(torch.optim.Optimizer):
         assert closure is None, "the loss is computed by the engine"
         by_role: dict[Role, list[tuple[Tensor, Span]]] = defaultdict(list)
         lrs: dict[Role, float] = {}
+        counters: list[Tensor] = []
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is None:
                     continue
                 state = self.state[tensor] or self._fresh_state(tensor)
                 if "step" in state:
-                    state["step"] += 1
+                    counters.append(state["step"])
                 if self._is_muon(tensor):
                     # On every rank, also on one that holds nothing of these matrices.
                     self._muon(tensor, group["lr"])
@@ -122,6 +123,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 for span in self._spans[id(tensor)]:
                     by_role[span.role].append((tensor, span))
                     lrs[span.role] = group["lr"] * span.role.lr_factor
+        if counters:
+            torch._foreach_add_(counters, 1)
         update = {"adamw": self._adamw, "lion": self._lion, "sgd": self._sgd}
         for role, places in by_role.items():
             update[role.rule](places, lrs[role], role.weight_decay)
@@ -189,11 +192,13 @@ class PartitionOptimizer(torch.optim.Optimizer):
             flat.view(-1) for flat in (tensor, tensor.grad.contiguous(), self.state[tensor]["exp_avg"])
         )
         held = {piece.name: piece for piece in partition.pieces}
+        # Offloaded partitions stand in host memory, where neither products are fast nor NCCL reaches.
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else tensor.device
         for names in bundled(partition.shapes):
             directions = []
             for name in names:
                 shape = torch.Size(partition.shapes[name])
-                direction = torch.zeros(shape, device=tensor.device)
+                direction = torch.zeros(shape, device=device)
                 if (piece := held.get(name)) is not None:
                     mine = slice(piece.offset, piece.offset + piece.numel)
                     moment = moments[mine].float().lerp_(gradients[mine], 1 - MOMENTUM)
@@ -205,7 +210,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 if (piece := held.get(name)) is not None:
                     rate, mine = lr * self._roles[name].lr_factor, slice(piece.offset, piece.offset + piece.numel)
                     weights[mine].mul_(1 - rate * self._roles[name].weight_decay)
-                    weights[mine].sub_(direction.reshape(-1)[piece.start : piece.start + piece.numel], alpha=rate)
+                    update = direction.reshape(-1)[piece.start : piece.start + piece.numel]
+                    weights[mine].sub_(update.to(weights.device), alpha=rate)
 
     def _states(self, places: list[tuple[Tensor, Span]], key: str) -> list[Tensor]:
         return [span.of(self.state[tensor][key]) for tensor, span in places]
