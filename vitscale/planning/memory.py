@@ -7,18 +7,20 @@ update     besides, while the optimizer updates: never together with `backward`
 The peak is held + max(backward, update). Not counted: what the allocator rounds up and fragments, the workspaces of kernels and
 NCCL, the CUDA context (together one or a few GB), and what stochastic depth saves.
 
-P parameters   N ranks   B micro-batch   R image size   C channels   S tokens   D width   L depth   K classes
+P parameters   N ranks   B micro-batch   R image size   C channels   S tokens   D width   M feed-forward width   L depth
+K classes
 w bytes of a weight   a bytes of an accumulated gradient   m bytes of the moments of a parameter   e bytes of an activation
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
 from vitscale.config import Config, OptimConfig
 from vitscale.ds_config import DsConfig
-from vitscale.model.config import ModelConfig
+from vitscale.model.config import ModelConfig, Recompute
 from vitscale.model.flops import parameter_shapes, parameters
 from vitscale.planning.activations import saved_bytes
 
@@ -137,7 +139,7 @@ def _micro_batch(model: ModelConfig, config: Config, ds: DsConfig) -> list[Term]
     B, e = ds.micro_batch, 4 if config.train.precision == "fp32" else 2
     pixels = model.channels * model.image_size**2
 
-    def saved(depth: int, recompute: Any) -> int:
+    def saved(depth: int, recompute: Recompute) -> int:
         sized = dataclasses.replace(model, depth=depth)
         return saved_bytes(sized, recompute, element_bytes=e, dropout=config.train.dropout)
 
@@ -161,10 +163,19 @@ def _micro_batch(model: ModelConfig, config: Config, ds: DsConfig) -> list[Term]
                 when="backward",
             )
         )
-    if ds.recompute != 0:
-        one = saved(2, 0) - saved(1, 0)
-        terms.append(Term(what="one block computed again", formula=f"B x {one:,}", bytes=B * one, when="backward"))
+    if again := _computed_again(model, ds.recompute, saved):
+        terms.append(Term(what="one block computed again", formula=f"B x {again:,}", bytes=B * again, when="backward"))
+    in_flight = B * model.tokens * model.feedforward_width * e
+    terms.append(Term(what="gradient inside a block", formula=f"{e} B S M", bytes=in_flight, when="backward"))
     copies = e + 8 + (4 if config.train.objective == "softmax" else 0)
     parts = "logits, in float32, their gradient" + (", log-softmax" if config.train.objective == "softmax" else "")
     terms.append(Term(what=parts, formula=f"{copies} B K", bytes=copies * B * model.classes, when="backward"))
     return terms
+
+
+def _computed_again(model: ModelConfig, recompute: Recompute, saved: Callable[[int, Recompute], int]) -> int:
+    """Bytes per image of the last recomputed block, while nothing behind it has been given back yet."""
+    if recompute == 0 or (isinstance(recompute, int) and (model.depth - 1) % recompute):
+        return 0  # the last block is kept whole, and is gone before another one is computed again
+    whole = saved(2, 0) - saved(1, 0)
+    return whole - (saved(2, recompute) - saved(1, recompute)) if recompute == "selective" else whole
