@@ -15,6 +15,7 @@ from launch.assemble import Job, carry_out, make_plan, require_cache
 from launch.branch import Parent, find_parent, is_same_parent, require_same_state
 from launch.datasets import EMBEDDED, absolute, open_datasets
 from launch.estimates import DEFAULT_GPU, Row, estimate_rows, suspicious_rows
+from launch.gate import check_configuration
 from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
@@ -45,6 +46,7 @@ def training_parser(description: str) -> Parser:
     parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<recipe>)")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="print what was derived, write nothing, end")
+    parser.add_argument("--check", action="store_true", help="compare the gradients of the whole model with plain torch, end")
     parser.add_argument("--world", type=int, metavar="N", help="with --dry-run: as if started with N ranks")
     parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -101,6 +103,9 @@ def run_training(
         config = dataclasses.replace(config, train=origin)
     ds = resolve_ds_config(read_ds_config(args.deepspeed_config, ds_overrides), config=config, world=cluster.world)
 
+    if args.check:
+        check_configuration(config, ds, cluster)
+        return
     source_data = source_of(config.recipe)
     # A dry run needs no data: what is not there is counted as the data set of the recipe.
     counted = source_data if args.dry_run and not (config.data.path or config.data.eval_path) else None

@@ -23,6 +23,8 @@ LAYERS = [
     ["launch.peers"],
     ["launch.estimates"],
     ["launch.assemble"],
+    ["launch.gate"],
+    ["launch.engines"],
     ["launch.trained", "launch.datasets", "launch.phased", "launch.branch"],
     ["launch.arguments"],
     ["vitscale.training.trainer"],
