@@ -1,5 +1,6 @@
 """Start several gloo ranks on this machine, for laws that only hold between processes."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: f
 
 def _run_one(sender: Any, cluster: Cluster, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.chdir(Path(__file__).resolve().parents[2])
+    gc.freeze()  # DeepSpeed collects garbage often, and each time every page that the fork shares would be copied
     try:
         engine_module.start_ranks(cluster)
         sender.send((True, function(cluster, *args)))

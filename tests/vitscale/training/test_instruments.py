@@ -18,12 +18,12 @@ INSTRUMENTS = {
     "flops_profiler": ({"enabled": True, "profile_step": 1, "detailed": False}, "DeepSpeed Flops Profiler"),
     "comms_logger": ({"enabled": True}, "Comm. Op            Message Size"),
     "wall_clock_breakdown": (True, "fwd_microstep:"),
-    "memory_breakdown": (True, "Engine before forward"),
     "steps_per_print": (1, "step=2, skipped=0"),
 }
 # At stage 2 each by itself, because one may raise the logger's level for another; elsewhere all of them together.
 ALONE = {
     **INSTRUMENTS,
+    "memory_breakdown": (True, "Engine before forward"),  # collects garbage at every mark, which takes seconds
     "dump_state": (True, "DeepSpeedEngine configuration"),
     "log_level": ("info", "distributed groups summary"),
 }

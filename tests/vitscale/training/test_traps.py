@@ -1,8 +1,7 @@
 """What DeepSpeed 0.19.8 does that nobody would expect, and the test that fails when it reaches us.
 
 trap                                                       test
-removed keys raise, unknown ones are ignored               test_ds_config: refused_key..., unknown_key...,
-                                                           our_tables_are_deepspeeds_own
+removed keys raise, unknown ones are ignored               test_ds_config: each_refused_key..., an_unknown_key..., our_tables...
 "auto" is kept as a string or dropped                      test_ds_config: auto_is_refused..., deepspeed_accepts_what_it_gets
 wrong types end in a traceback of pydantic                 test_ds_config: every_value_is_checked_before_deepspeed_sees_it
 clipping at 1.0 where the key is absent                    no_clipping_means_none (here)
@@ -10,16 +9,13 @@ bf16 gradients add up in bf16                              gradients_add_up_in_f
 stage 1 + bf16 + fp32 accumulation: BF16_Optimizer,        no_stage_gets_an_optimizer_whose_files_cannot_be_read (here);
   whose files zero_to_fp32 refuses                           test_engine: every_stage_trains_like_bare_torch... reads them
 throughput timers wait for the device                      test_ds_config: dangerous_default_is_always_written
-activation_checkpointing is read by nobody                 each_activation_setting_takes_effect (here),
-                                                           test_ds_config: key_by_key
+activation_checkpointing is read by nobody                 each_activation_setting... (here), test_ds_config: ...key_by_key
 the process group's timeout does not reach ZeRO's groups   the_timeout_reaches_every_group (here)
 buffers stay fp32 where parameters become bf16             computed_positions_train_in_bf16 (here)
 no check for non-finite gradients at stage 0               test_engine: a_nan_on_one_rank_is_skipped_by_all...
-skipped steps count as steps                               test_engine (as above), test_fp16,
-                                                           test_trainer: a_skipped_step_is_a_step
+skipped steps count as steps                               test_engine (as above), test_fp16, test_trainer: a_skipped_step...
 gradients through engine.module are wrong at stage 3       nobody_calls_the_module_behind_the_engine (here)
-`latest` is no mark of a whole checkpoint                  nobody_reads_latest (here),
-                                                           test_checkpoint: a_kill_during_the_second_save...
+`latest` is no mark of a whole checkpoint                  nobody_reads_latest (here), test_checkpoint: a_kill_during...
 no check of a file's bytes                                 test_checkpoint: each_damage_is_seen...
 one step counter for several groups at stage 3             counters_advance_once_per_step (here)
 parameters of no elements break stages 1 to 3              no_parameter_is_empty (here)
@@ -128,11 +124,8 @@ def on_one_rank(cluster: Cluster, place: Path) -> dict[str, Any]:
             engine.close()
 
     gradients = {}
-    for name, precision, accumulate in (
-        ("fp32", "fp32", {}),
-        ("ours", "bf16", {}),
-        ("coarse", "bf16", {"grad_accum_dtype": "bf16"}),
-    ):
+    ways = {"fp32": ("fp32", {}), "ours": ("bf16", {}), "coarse": ("bf16", {"grad_accum_dtype": "bf16"})}
+    for name, (precision, accumulate) in ways.items():
         this = apply_overrides(config, [f"train.precision={precision}"])
         record = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 24, "data_types": accumulate}
         engine = engine_of(this, resolve_ds_config(record, config=this, world=1))
