@@ -7,7 +7,7 @@ carry_out      start the ranks, make the engine, restore, train, evaluate, mark 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,29 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
 from launch.branch import Parent, load_parent
+from launch.engines import evaluate_engine, make_engine, product_dtype, silent
+from launch.gate import prove_gradients
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
 from vitscale.config import Config, check_mix_group, steps_of
 from vitscale.ds_config import DsConfig
-from vitscale.evaluation.classification import Scores, classify
+from vitscale.evaluation.classification import Scores
 from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
-from vitscale.model.compile import compile_blocks
-from vitscale.model.vit import VisionTransformer, initialise, kept_images
+from vitscale.model.vit import kept_images
 from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.choices import choose_attention
-from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
-from vitscale.training.objective import Objective, objective_of
-from vitscale.training.optim import make_optimizer
+from vitscale.training.objective import objective_of
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
 from vitscale.training.schedule import Schedule
 from vitscale.training.trainer import Plan, train
-from vitscale.weights.native import Weights, fit_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,9 @@ def carry_out(job: Job) -> None:
         rank=job.cluster.rank,
         say=print,
     )
-    engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else _silent)
+    if saved is None and config.run.parity == "first":
+        prove_gradients(config, job.ds, device=device)
+    engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else silent)
     if saved is not None:
         state = load_checkpoint(engine, saved)
     else:
@@ -282,13 +283,6 @@ def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:
     return f"starting {job.run} at step 0"
 
 
-Say = Callable[[str], None]
-
-
-def _silent(sentence: str) -> None:
-    """What the other ranks say."""
-
-
 def watched_images(job: Job) -> torch.Tensor:
     """The first images of the evaluation data, else of the training data, on every rank: BHWC of uint8. Collective."""
     images_BHWC = None
@@ -320,42 +314,3 @@ def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any
             for manifest, weight, order in zip(manifests, mixture.weights, mixture.orders, strict=True)
         ],
     }
-
-
-def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device, say: Say) -> Engine:
-    """Model, optimizer and DeepSpeed engine; every rank starts from the same weights."""
-    model = VisionTransformer(
-        config.model,
-        recompute=ds.recompute,
-        drop_path=config.train.drop_rates(config.model.depth),
-        dropout=config.train.dropout,
-        checkpoint_function=checkpoint_function(ds, device),
-    )
-    initialise(model, seed=config.train.seed, head_bias=config.train.head_bias)
-    if initial is not None:
-        missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
-        assert all(name.startswith("head.") for name in missing), missing
-    model.to(device)
-    if ds.compile_blocks:
-        compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
-    return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device, ema=config.train.ema)
-
-
-def product_dtype(config: Config) -> torch.dtype:
-    """The type matrix products and attention run in, whichever way train.precision is reached."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
-
-
-def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:
-    """Score the engine's present weights on a whole dataset. Collective."""
-    engine.eval()
-    batches = eval_stream(
-        manifest,
-        data=config.data,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        micro_batch=micro_batch,
-        rank=engine.rank,
-        world=engine.world,
-    )
-    return classify(objective, engine, batches, sum_over_ranks=engine.sum_over_ranks)

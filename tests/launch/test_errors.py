@@ -24,7 +24,6 @@ def datasets(tmp_path_factory):
     unreadable.mkdir()
     (unreadable / "manifest.json").write_text('{"schema_version": 1, "sha')
     numbers = [[number] * 2 for number in range(10)]
-    write_dataset(base / "several", numbered_images([2] * 10), [[[a, 9], [b]] for a, b in numbers], list("0123456789"))
     write_dataset(base / "unlabelled", numbered_images([2] * 10), [[[], []] for _ in numbers], list("0123456789"))
     wrong = base / "ds.json"
     wrong.write_text(json.dumps({"zero_optimisation": {"stage": 2}}))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from vitscale.ds_config import resolve_ds_config
 from vitscale.model.flops import forward_flops, parameter_shapes, parameters
 from vitscale.recipes.catalog import RECIPES, recipe_named, source_of
 
+ROOT = Path(__file__).resolve().parents[2]
 WORLDS = [1, 2, 3, 4, 6, 8]
 OWN = ["cifar10", "digits", "finetune"]
 PUBLISHED = [name for name in RECIPES if name not in OWN]
@@ -197,3 +199,15 @@ def test_settings_that_name_a_source_are_its_own():
     large = recipe_named("deit3_i1k_l16")
     assert (large.train.drop_path, large.train.mixup, large.train.cutmix, large.model.image_size) == (0.45, 0.8, 1.0, 192)
     assert recipe_named("catlip_l16").train.ema == (1 - 5e-4,)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_table_of_the_documentation_has_the_numbers_of_the_recipe(name):
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
+    _, _, _, data, size, batch, steps, published, _, _ = (cell.strip() for cell in row.split("|"))
+    config, source = recipe_named(name), source_of(name)
+    assert source is not None
+    assert data == f"{source.name.split(' (')[0]}, {config.model.classes:,}"
+    assert size == f"{parameters(config.model) / 1e6:,.1f} M"
+    assert (batch, steps) == (f"{config.optim.global_batch:,}", f"{total_steps(config, source.images):,}")
+    assert f"{published.split()[0]} %" in said(name, "Published")

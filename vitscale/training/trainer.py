@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,50 +92,58 @@ def train(
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
     meter = _Meter(engine)
+    with _no_garbage_collection():
+        while state.step < plan.total_steps:
+            meter.start()
+            lr = lr_at_step(state.step)
+            engine.set_lr(lr)
+            is_watched = watch_updates is not None and due(state.step + 1, plan.histograms_every_steps, plan.total_steps)
+            if watch_updates is not None and is_watched:
+                watch_updates.before_step()
+            for micro_batch in range(engine.accumulation_steps):
+                batch = meter.next_of(stream)
+                engine.seed_micro_batch(plan.seed, state.step, micro_batch)
+                slot = first_slot(plan.global_batch, engine, micro_batch)
+                loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
+                meter.add(loss.reported, batch)
+                bad_images.add(state.step + 1, batch.bad_images)
+                engine.backward_and_maybe_step(loss.trained, meter.clock.passed)
+            state.step += 1
+            state.position += plan.global_batch
+            state.images_seen += plan.global_batch
+            state.skipped += engine.last_step_skipped
+            fault_point("step.end", rank=engine.rank, step=state.step)
+            is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
+            if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
+                bad_images.settle(state, metrics)
+            if is_logged:
+                line = meter.line(state, plan, lr)
+                if metrics is not None:
+                    metrics.log_step(line)
+            if watch_updates is not None and is_watched:
+                watch_updates.after_step(state.step)
+            bad_images.check(state)
+            if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
+                scores = evaluate()
+                engine.train()
+                if metrics is not None:
+                    metrics.log_eval(state.step, scores.as_record())
+            if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
+                watch_attention(state.step)
+                engine.train()
+            if is_saved:
+                save(state)
+            if state.step % GARBAGE_EVERY_STEPS == 0:
+                gc.collect()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
     gc.disable()
-    while state.step < plan.total_steps:
-        meter.start()
-        lr = lr_at_step(state.step)
-        engine.set_lr(lr)
-        is_watched = watch_updates is not None and due(state.step + 1, plan.histograms_every_steps, plan.total_steps)
-        if watch_updates is not None and is_watched:
-            watch_updates.before_step()
-        for micro_batch in range(engine.accumulation_steps):
-            batch = meter.next_of(stream)
-            engine.seed_micro_batch(plan.seed, state.step, micro_batch)
-            slot = first_slot(plan.global_batch, engine, micro_batch)
-            loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
-            meter.add(loss.reported, batch)
-            bad_images.add(state.step + 1, batch.bad_images)
-            engine.backward_and_maybe_step(loss.trained, meter.clock.passed)
-        state.step += 1
-        state.position += plan.global_batch
-        state.images_seen += plan.global_batch
-        state.skipped += engine.last_step_skipped
-        fault_point("step.end", rank=engine.rank, step=state.step)
-        is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
-        if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
-            bad_images.settle(state, metrics)
-        if is_logged:
-            line = meter.line(state, plan, lr)
-            if metrics is not None:
-                metrics.log_step(line)
-        if watch_updates is not None and is_watched:
-            watch_updates.after_step(state.step)
-        bad_images.check(state)
-        if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
-            scores = evaluate()
-            engine.train()
-            if metrics is not None:
-                metrics.log_eval(state.step, scores.as_record())
-        if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
-            watch_attention(state.step)
-            engine.train()
-        if is_saved:
-            save(state)
-        if state.step % GARBAGE_EVERY_STEPS == 0:
-            gc.collect()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def due(step: int, every_steps: int, total_steps: int) -> bool:

@@ -39,9 +39,10 @@ from tests.helpers.ranks import run_ranks
 from tests.measure.matrix import CPU, LR, Cell, engine_of, images_and_labels, loss_of, settings
 from tests.vitscale.planning.test_activations import left_allocated
 from vitscale.base.cluster import Cluster
-from vitscale.config import ModelConfig, apply_overrides
+from vitscale.config import apply_overrides
 from vitscale.ds_config import resolve_ds_config
 from vitscale.ds_keys import ACTIVATION_KEYS
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.training.engine import PROCESS_GROUP_TIMEOUT, Engine, checkpoint_function, checkpointing
 
