@@ -6,7 +6,8 @@ carry_out      start the ranks, make the engine, restore, train, evaluate, mark 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,30 @@ from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
+from launch.branch import Parent, load_parent
+from launch.engines import evaluate_engine, make_engine, product_dtype, silent
+from launch.gate import prove_gradients
+from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import UsageError
-from vitscale.config import Config, steps_of
+from vitscale.config import Config, check_mix_group, steps_of
 from vitscale.ds_config import DsConfig
-from vitscale.evaluation.classification import Scores, classify
+from vitscale.evaluation.classification import Scores
 from vitscale.insight.board import IMAGES, attention_watcher
-from vitscale.model.compile import compile_blocks
-from vitscale.model.flops import recomputed_flops, train_flops
-from vitscale.model.vit import VisionTransformer, initialise, kept_images
+from vitscale.insight.updates import UpdateWatcher
+from vitscale.model.vit import kept_images
 from vitscale.planning.peaks import peak_flops_of
-from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from vitscale.planning.resolution import flops_until, phases_of
+from vitscale.training.ahead import ahead_of
+from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.choices import choose_attention
-from vitscale.training.engine import Engine, checkpoint_function, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
-from vitscale.training.objective import Objective
-from vitscale.training.optim import lr_at, make_optimizer
+from vitscale.training.objective import objective_of
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.schedule import Schedule
 from vitscale.training.trainer import Plan, train
-from vitscale.weights.native import Weights, fit_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +56,22 @@ class Job:
     train_data: tuple[Manifest, ...]
     eval_data: Manifest | None
     plan: Plan
-    warmup_steps: int
+    schedule: Schedule
     keep_every_steps: int
     followed: list[Difference]
     """Machine and watching settings that differ from the stored run."""
     source: str | None
     """Weights a fine-tuning starts from, as `load_weights_of` takes them."""
+    parent: Parent | None = None
+    """Where a branch starts from; needed until it has a checkpoint of its own."""
 
 
-def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, int, int]:
-    """All lengths in steps: (plan, warm-up steps, keep-every steps). Raises UsageError for a length that is none."""
+def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Schedule, int]:
+    """All lengths in steps: (plan, schedule, keep-every steps).
+
+    Raises UsageError for a length that is none, and for groups of mixup that do not fit the micro-batch.
+    """
+    check_mix_group(config, micro_batch=ds.micro_batch, accumulation=ds.accumulation)
 
     def steps(name: str, length: int | str, total: int | None) -> int:
         try:
@@ -72,15 +83,39 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
     total = steps("train.length", config.train.length, None)
     if total < 1:
         raise UsageError(f"train.length={config.train.length!r} is no step at all; expected at least one step")
-    warmup = steps("optim.warmup", config.optim.warmup, total)
+    optim = config.optim
+    warmup, cooldown, timescale = (
+        steps(f"optim.{name}", getattr(optim, name), total) for name in ("warmup", "cooldown", "timescale")
+    )
     if warmup > total:
-        raise UsageError(f"optim.warmup={config.optim.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+        raise UsageError(
+            f"optim.warmup={optim.warmup!r} is {warmup} steps, longer than the run of {total} steps; "
+            "shorten optim.warmup or lengthen train.length"
+        )
+    if warmup + cooldown > total:
+        raise UsageError(
+            f"optim.warmup={optim.warmup!r} and optim.cooldown={optim.cooldown!r} are {warmup} + {cooldown} steps, longer than "
+            f"the run of {total} steps; shorten one of them or lengthen train.length"
+        )
+    if timescale < 1:
+        raise UsageError(f"optim.timescale={optim.timescale!r} is no step at all; expected at least one step")
+    schedule = Schedule(optim=optim, warmup_steps=warmup, cooldown_steps=cooldown, timescale_steps=timescale, total_steps=total)
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
-        for name in ("log_every", "eval_every", "save_every", "attention_every")
+        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
     }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
-    kept = sum(kept_images(micro, rate) / micro for rate in rates) / len(rates)
+    try:
+        phases = phases_of(
+            config.model,
+            config.train.resolutions,
+            steps_of_length=lambda length: steps("train.resolutions", length, total),
+            total_steps=total,
+            recompute=ds.recompute,
+            kept=sum(kept_images(micro, rate) / micro for rate in rates) / len(rates),
+        )
+    except ValueError as error:
+        raise UsageError(f"train.resolutions: {error}") from None
     plan = Plan(
         total_steps=total,
         global_batch=config.optim.global_batch,
@@ -88,13 +123,13 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, in
         eval_every_steps=watch["eval_every"],
         save_every_steps=watch["save_every"],
         attention_every_steps=watch["attention_every"],
+        histograms_every_steps=watch["histograms_every"],
         bad_images_max=config.data.bad_images_max,
         seed=config.train.seed,
-        flops_per_image=train_flops(config.model, kept=kept),
-        recomputed_flops_per_image=recomputed_flops(config.model, ds.recompute, kept=kept),
+        phases=phases,
         peak_flops=peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None,
     )
-    return plan, warmup, steps("run.keep_every", config.run.keep_every, total)
+    return plan, schedule, steps("run.keep_every", config.run.keep_every, total)
 
 
 def require_cache(job: Job) -> None:
@@ -143,33 +178,53 @@ def carry_out(job: Job) -> None:
         rank=job.cluster.rank,
         say=print,
     )
-    engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else _silent)
-    state = load_checkpoint(engine, saved) if saved else TrainState()
-    metrics = Metrics(job.run, total_steps=job.plan.total_steps) if job.cluster.rank == 0 else None
+    if saved is None and config.run.parity == "first":
+        prove_gradients(config, job.ds, device=device)
+    engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else silent)
+    if saved is not None:
+        state = load_checkpoint(engine, saved)
+    else:
+        state = load_parent(engine, job.parent) if job.parent is not None else TrainState()
+    metrics = None
+    if job.cluster.rank == 0:
+        metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
     if metrics is not None:
         metrics.open(state.step)
-        metrics.say(f"continuing after step {state.step} from {saved.directory}" if saved else f"starting {job.run} at step 0")
+        metrics.say(_banner(job, saved, state))
 
-    objective = Objective(
-        model=config.model, label_smoothing=config.train.label_smoothing, device=device, dtype=engine.input_dtype
-    )
-    stream = train_stream(
-        job.train_data,
-        data=config.data,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        seed=config.train.seed,
-        global_batch=config.optim.global_batch,
-        micro_batch=job.ds.micro_batch,
-        rank=job.cluster.rank,
-        world=job.cluster.world,
+    objective = objective_of(config, device=device, dtype=engine.input_dtype)
+    phased = PhasedStream(
+        lambda image_size, position: train_stream(
+            job.train_data,
+            data=config.data,
+            augment=config.augment,
+            image_size=image_size,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=job.ds.micro_batch,
+            rank=job.cluster.rank,
+            world=job.cluster.world,
+            position=position,
+        ),
+        job.plan.phases,
+        step=state.step,
         position=state.position,
+        global_batch=config.optim.global_batch,
+        accumulation=job.ds.accumulation,
     )
+    stream = ahead_of(phased, device)
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
         assert job.eval_data is not None
-        last_scores.append(evaluate_engine(engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch))
+        score = functools.partial(
+            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch
+        )
+        scores, averages = score(), {}
+        for decay in engine.averages.decays:
+            with engine.averaged(decay):
+                averages[decay] = score()
+        last_scores.append(dataclasses.replace(scores, averages=averages))
         return last_scores[-1]
 
     def save(now: TrainState) -> None:
@@ -181,6 +236,8 @@ def carry_out(job: Job) -> None:
             keep_last=config.run.keep_last,
             keep_every=job.keep_every_steps,
         )
+        if metrics is not None:
+            metrics.log_saved(now.step)
 
     train(
         state,
@@ -188,14 +245,15 @@ def carry_out(job: Job) -> None:
         engine=engine,
         objective=objective,
         stream=stream,
-        lr_at_step=lambda step: lr_at(
-            step, optim=config.optim, warmup_steps=job.warmup_steps, total_steps=job.plan.total_steps
-        ),
+        lr_at_step=job.schedule.lr_at,
         evaluate=evaluate if job.eval_data is not None else None,
         save=save,
         metrics=metrics,
         watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
         if job.plan.attention_every_steps
+        else None,
+        watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
+        if job.plan.histograms_every_steps
         else None,
     )
     stream.close()
@@ -213,14 +271,16 @@ def carry_out(job: Job) -> None:
         }
         metrics.finish(record)
         mark_finished(job.run, record)
+    engine.close()
     leave_ranks()
 
 
-Say = Callable[[str], None]
-
-
-def _silent(sentence: str) -> None:
-    """What the other ranks say."""
+def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:
+    if saved is not None:
+        return f"continuing after step {state.step} from {saved.directory}"
+    if job.parent is not None:
+        return f"starting {job.run} as a branch of {job.parent.name}, at position {state.position:,} of the data"
+    return f"starting {job.run} at step 0"
 
 
 def watched_images(job: Job) -> torch.Tensor:
@@ -254,41 +314,3 @@ def order_record(config: Config, manifests: Sequence[Manifest]) -> dict[str, Any
             for manifest, weight, order in zip(manifests, mixture.weights, mixture.orders, strict=True)
         ],
     }
-
-
-def make_engine(config: Config, ds: DsConfig, *, initial: Weights | None, device: torch.device, say: Say) -> Engine:
-    """Model, optimizer and DeepSpeed engine; every rank starts from the same weights."""
-    model = VisionTransformer(
-        config.model,
-        recompute=ds.recompute,
-        drop_path=config.train.drop_rates(config.model.depth),
-        checkpoint_function=checkpoint_function(ds, device),
-    )
-    initialise(model, seed=config.train.seed)
-    if initial is not None:
-        missing = model.load_state_dict(fit_to(initial, config.model, new_head=True), strict=False).missing_keys
-        assert all(name.startswith("head.") for name in missing), missing
-    model.to(device)
-    if ds.compile_blocks:
-        compile_blocks(model, batch=ds.micro_batch, dtype=product_dtype(config), say=say)
-    return Engine(model, make_optimizer(model, optim=config.optim), ds=ds, device=device)
-
-
-def product_dtype(config: Config) -> torch.dtype:
-    """The type matrix products and attention run in, whichever way train.precision is reached."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:
-    """Score the engine's present weights on a whole dataset. Collective."""
-    engine.eval()
-    batches = eval_stream(
-        manifest,
-        data=config.data,
-        augment=config.augment,
-        image_size=config.model.image_size,
-        micro_batch=micro_batch,
-        rank=engine.rank,
-        world=engine.world,
-    )
-    return classify(lambda images_BHWC: objective.logits(engine, images_BHWC), batches, sum_over_ranks=engine.sum_over_ranks)

@@ -59,17 +59,16 @@ def open_datasets(config: Config, *, run: Path, cluster: Cluster) -> tuple[Confi
 
 
 def require_fit(manifest: Manifest, *, classes: int) -> None:
-    """Raise UsageError where a model of so many classes, trained by softmax, has no use for the labels of a dataset."""
+    """Raise UsageError where a model of so many classes has no use for the labels of a dataset."""
     if len(manifest.classes) != classes:
         raise UsageError(
             f"the model has model.classes={classes} but the dataset {manifest.directory} has "
             f"{len(manifest.classes)} classes; set model.classes={len(manifest.classes)} or name another dataset"
         )
-    if manifest.most_labels != 1:
-        found = f"up to {manifest.most_labels} labels per image" if manifest.most_labels else "no labels"
+    if manifest.most_labels == 0:
         raise UsageError(
-            f"the softmax objective needs one label per image, but the dataset {manifest.directory} has {found}; "
-            "build it with one label per image or name another dataset"
+            f"training and scoring need labels, but the dataset {manifest.directory} has none; "
+            "build it with labels or name another dataset"
         )
 
 

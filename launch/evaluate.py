@@ -13,7 +13,7 @@ from data_pipeline.remote import open_dataset
 from data_pipeline.storage import check_files
 from launch.arguments import Parser
 from launch.datasets import require_fit
-from launch.trained import load_weights_of
+from launch.trained import EMA_HELP, load_weights_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="source", required=True, metavar="RUN|WEIGHTS", help="RUN, RUN@STEP or a .safetensors file"
     )
+    parser.add_argument("--ema", nargs="?", const="", metavar="DECAY", help=EMA_HELP)
     parser.add_argument("--data", required=True, metavar="DIR|URL", help="dataset, made by launch/build_shards.py")
     parser.add_argument("--task", choices=["classify"], default="classify")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images one rank feeds forward at once")
@@ -39,7 +40,7 @@ def main() -> None:
     data = DataConfig(workers=0)
     manifest = open_dataset(args.data, cache_dir=data.cache_path)
     check_files(manifest, local_rank=cluster.local_rank, local_world=cluster.local_world)
-    weights = load_weights_of(args.source)
+    weights = load_weights_of(args.source, ema=args.ema)
     if len(manifest.classes) != weights.model.classes:
         raise UsageError(
             f"{args.source} tells {weights.model.classes} classes apart but {args.data} has {len(manifest.classes)}; "
@@ -54,14 +55,22 @@ def main() -> None:
         model = VisionTransformer(weights.model)
     model.load_state_dict(weights.tensors, assign=True)
     model.to(accelerator.device).eval()
-    objective = Objective(model=weights.model, label_smoothing=0.0, device=accelerator.device, dtype=torch.float32)
+    objective = Objective(
+        model=weights.model,
+        label_smoothing=0.0,
+        device=accelerator.device,
+        dtype=torch.float32,
+        kind="sigmoid" if weights.meta.get("objective") == "sigmoid" else "softmax",
+        masked_classes=weights.masked_classes,
+    )
 
     def sum_over_ranks(values: Sequence[float]) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
         return accelerator.reduce(totals, "sum").tolist()
 
     scores = classify(
-        lambda images_BHWC: objective.logits(model, images_BHWC),
+        objective,
+        model,
         eval_stream(
             manifest,
             data=data,
@@ -75,8 +84,11 @@ def main() -> None:
     )
     if accelerator.is_main_process:
         record = {"source": args.source, "dataset": str(args.data), "fingerprint": manifest.fingerprint, **scores.as_record()}
+        if "ema" in weights.meta:
+            record["ema"] = float(weights.meta["ema"])
+        of = f"moving average {weights.meta['ema']} of " if "ema" in weights.meta else ""
         print(
-            f"{args.source} on {args.data}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, "
+            f"{of}{args.source} on {args.data}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, "
             f"{scores.images} images"
         )
         if args.json is not None:

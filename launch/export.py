@@ -4,7 +4,7 @@ from pathlib import Path
 
 from launch.arguments import Parser
 from launch.certificate import IMAGES, our_logits, sentence
-from launch.trained import load_weights_of
+from launch.trained import EMA_HELP, load_weights_of
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.model.flops import parameters
 from vitscale.weights.foreign import identity_of_foreign, load_any, save_directory, save_npz
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--to", type=Path, required=True, metavar="PATH", help="file to write (.safetensors, .npz), else a new directory"
     )
+    parser.add_argument("--ema", nargs="?", const="", metavar="DECAY", help=EMA_HELP)
     parser.add_argument("--format", choices=["safetensors", "timm", "huggingface", "npz"], default="safetensors")
     parser.add_argument("--scheme", help="npz: big_vision (default) or vision_transformer; huggingface: current or older")
     args = parser.parse_args()
@@ -32,7 +33,7 @@ def main() -> None:
         raise UsageError(f"expected --to with a name ending in {suffix}, got {args.to}")
     if suffix is None and args.to.suffix in (".safetensors", ".npz"):
         raise UsageError(f"expected --to with the name of a new directory for --format {args.format}, got {args.to}")
-    weights = load_weights_of(args.source)
+    weights = load_weights_of(args.source, ema=args.ema)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     foreign = write(args.to, weights, args.format, args.scheme)
     difference = (our_logits(weights) - our_logits(load_any(args.to))).abs().max().item()
@@ -42,8 +43,9 @@ def main() -> None:
             f"{args.to} gives other logits than {args.source} (largest difference {difference}); do not use it"
         )
     step, source = weights.meta.get("step", "?"), weights.meta.get("source", args.source)
+    what = f"moving average {weights.meta['ema']} at step" if "ema" in weights.meta else "step"
     identity = identity_of_foreign(args.to)
-    print(f"{args.to}: step {step} of {source}, {parameters(weights.model):,} parameters, sha256 {identity}")
+    print(f"{args.to}: {what} {step} of {source}, {parameters(weights.model):,} parameters, sha256 {identity}")
     if foreign is not None:
         print("\n".join([*grouped(foreign.rows), *(f"fold: {fold}" for fold in foreign.folds)]))
     print(f"certificate: loaded again; logits of {IMAGES} fixed images differ by at most {difference}")

@@ -6,7 +6,9 @@ from vitscale.base.errors import run_main
 
 def main() -> None:
     parser = training_parser("Pretrain a Vision Transformer. The same command again resumes the run.")
-    run_training(parser.parse_intermixed_args(), default_recipe="digits")
+    parser.add_argument("--from", dest="branch", metavar="RUN@STEP", help="branch off: a new run from that state")
+    args = parser.parse_intermixed_args()
+    run_training(args, default_recipe="digits", branch=args.branch)
 
 
 if __name__ == "__main__":

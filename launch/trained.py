@@ -12,24 +12,47 @@ from vitscale.training.rundir import CONFIG
 from vitscale.weights.foreign import identity_of_foreign, is_foreign, load_any
 from vitscale.weights.native import Weights
 
+EMA_HELP = "a run's moving average instead of its weights; DECAY may be left out where the run keeps one"
 
-def load_weights_of(text: str) -> Weights:
+
+def load_weights_of(text: str, *, ema: str | None = None) -> Weights:
     """Weights by name: RUN, RUN@STEP, a .safetensors file of launch/export.py, or weights of timm,
     Hugging Face (a directory) or JAX (an .npz).
 
-    From a run, the newest checkpoint that verifies (or the named step) is put together in host memory.
+    From a run, the newest checkpoint that verifies (or the named step) is put together in host memory; `ema` is the value of
+    the flag --ema: the decay of the moving average to take instead of the weights, "" for the only one of the run.
     """
     if text.endswith(".safetensors") or is_foreign(Path(text)):
+        if ema is not None:
+            raise UsageError(f"{text} holds one set of weights; --ema needs a run, or leave it out")
         return load_any(Path(text))
     run, step_directory, record = find_trained(text)
     config = from_record(json.loads((run / CONFIG).read_text()), origin=str(run / CONFIG))
+    decay = decay_of(ema, kept=config.train.ema, run=run) if ema is not None else None
     meta = {
         "source": str(run.resolve()),
         "step": str(record["state"]["step"]),
         "classes": json.dumps(record["data"]["classes"]),
         "eval_crop": str(config.augment.eval_crop),
+        "objective": config.train.objective,
+        "masked_classes": json.dumps(config.train.masked_classes),
     }
-    return Weights(model=config.model, tensors=consolidate(step_directory), meta=meta)
+    if decay is not None:
+        meta["ema"] = str(decay)
+    return Weights(model=config.model, tensors=consolidate(step_directory, ema=decay), meta=meta)
+
+
+def decay_of(text: str, *, kept: tuple[float, ...], run: Path) -> float:
+    """The decay that --ema names, one of those the run kept; with nothing named, the only one. Raises UsageError."""
+    if not kept:
+        raise UsageError(f"{run} keeps no moving average (train.ema is empty); leave --ema out")
+    choices = ", ".join(map(str, kept))
+    if not text and len(kept) > 1:
+        raise UsageError(f"{run} keeps several moving averages; name one: --ema with {choices}")
+    found = [decay for decay in kept if not text or text == str(decay)]
+    if not found:
+        raise UsageError(f"{run} keeps no moving average with the decay {text}; it keeps {choices}")
+    return found[0]
 
 
 def identity_of(text: str) -> str:

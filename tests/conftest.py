@@ -1,8 +1,12 @@
 """One thread in the test process: a pool of OpenMP threads does not survive the fork that starts ranks and workers."""
 
 import os
+import tempfile
 
 import torch
+
+# Gradients are proven once per configuration and test session, whatever the home directory remembers.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vitscale-cache-")
 
 TEST_PROCESS = os.getpid()
 set_num_threads = torch.set_num_threads

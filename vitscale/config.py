@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, cast
 from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
 from vitscale.base.records import decode
+from vitscale.model.config import ModelConfig
 from vitscale.model.presets import preset, preset_names
 
 Kind = Literal["result", "machine", "watching"]
@@ -28,148 +29,10 @@ T = TypeVar("T")
 PRESET = "model.preset"
 """An override, but no setting: it is stored as the numbers it stands for."""
 
-Recompute = int | Literal["selective"]
-"""What the backward pass computes again: 0 nothing, k everything in every k-th block, "selective" the cheap parts of all."""
-
 
 def watching(default: Any) -> Any:
     """A field that says what is looked at, and when."""
     return field(default=default, metadata={"kind": "watching"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A Vision Transformer, by the letters of the seed mathematics: H=W=image_size, P=patch_size, D=width, L=depth."""
-
-    image_size: int
-    """Height and width of the input in pixels."""
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    classes: int
-    mlp_width: int | None = None
-    """D_ff; None: 4 * width, as the seed has it."""
-    channels: int = 3
-    norm: Literal["pre", "post", "deepnorm", "respost"] = "pre"
-    """post: LayerNorm(z + f(z)) and no final norm, the seed to the letter; pre: the papers and all public weights;
-    deepnorm: post with LayerNorm(alpha z + f(z)), alpha = (2L)^(1/4), for deep post-norm (Wang et al. 2022, DeepNet);
-    respost: z + LayerNorm(f(z)) and a final norm (Liu et al. 2022, Swin v2 section 3.2; timm's ResPostBlock)."""
-    norm_kind: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """rmsnorm: no centring and no bias (Zhang & Sennrich 2019)."""
-    norm_bias: bool = True
-    """Bias of the norms; False: ViT-22B."""
-    norm_eps: float = 1e-6
-    """Epsilon of every norm (Flax and timm: 1e-6; torch's own default is 1e-5; Hugging Face's 1e-12)."""
-    projection_bias: bool = True
-    """Bias on the linear maps the seed writes without one: E, W_Q, W_K, W_V and W_O. False: the seed to the letter."""
-    qkv_bias: bool = True
-    """False: none on W_Q, W_K and W_V even where projection_bias is true (ViT-22B)."""
-    qk_norm: bool = False
-    """Norm of each head's queries and keys over its K columns before the product (Dehghani et al. 2023, section 2)."""
-    parallel: bool = False
-    """z + MSA(norm(z)) + FFN(norm(z)) with one norm, instead of one after the other (Dehghani et al. 2023, section 2)."""
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
-    """gelu: exact; gelu_tanh: Flax's approximation, what JAX weights were trained with; swiglu: silu(z W) * (z V)."""
-    layer_scale: float | None = None
-    """Initial value of a factor per channel on each branch (Touvron et al. 2021, CaiT section 2.2); None: no factors."""
-    class_token: bool = True
-    registers: int = 0
-    """Extra tokens that belong to no patch (Darcet et al. 2024)."""
-    position: Literal["learned", "sinusoidal", "sincos2d_bv", "sincos2d_mae", "rotary"] = "learned"
-    """sinusoidal: along the line of tokens; sincos2d: over rows and columns in the two public dialects (position.py);
-    rotary: over rows and columns, inside the heads."""
-    prefix_positions: bool = True
-    """Learned positions have rows for class token and registers too (ViT, DeiT); False: for patches only (big_vision,
-    registers). The other kinds except `sinusoidal` never have them."""
-    position_resize: Literal["bicubic_antialias", "bicubic", "zoom_linear"] = "bicubic_antialias"
-    """How learned positions are carried over to another grid: as timm, as Hugging Face and MAE, as the JAX code."""
-    pool: Literal["class", "average", "map"] = "class"
-    """What the head sees: the class token, the mean of the patches, or one query's attention over all tokens (MAP)."""
-    pool_norm: Literal["before", "after"] = "before"
-    """Whether the final norm stands before or after the mean of pool=average (big_vision: before; timm: after)."""
-    pre_logits_width: int | None = None
-    """Width of a tanh layer before the head (the published ImageNet-21k models); None: no such layer."""
-    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels in 0..1 per channel (0.5/0.5: the range [-1, 1] of the ViT papers)."""
-    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "patch_size",
-            "width",
-            "depth",
-            "heads",
-            "classes",
-            "channels",
-            "mlp_width",
-            "pre_logits_width",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {value}")
-        if self.registers < 0:
-            raise ValueError(f"model.registers must be 0 or more, got {self.registers}")
-        if self.image_size % self.patch_size:
-            below = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
-                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; "
-                f"nearest valid sizes: {below or self.patch_size} and {below + self.patch_size}"
-            )
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.width={self.width} is not a multiple of model.heads={self.heads}; every head needs width/heads columns"
-            )
-        if len(self.pixel_mean) != self.channels or len(self.pixel_std) != self.channels:
-            raise ValueError(
-                f"model.pixel_mean and pixel_std need one number per channel ({self.channels}), "
-                f"got {len(self.pixel_mean)} and {len(self.pixel_std)}"
-            )
-        for name, smallest in (("norm_eps", self.norm_eps), ("pixel_std", min(self.pixel_std))):
-            if smallest <= 0:
-                raise ValueError(f"model.{name} must be > 0, got {getattr(self, name)}")
-        if self.pool == "class" and not self.class_token:
-            raise ValueError("model.pool=class needs a class token; set model.class_token=true or model.pool=average")
-        divisor, of = (4, self.width) if self.position.startswith("sincos2d") else (4, self.head_width)
-        if (self.position.startswith("sincos2d") or self.position == "rotary") and of % divisor:
-            what = "model.width" if self.position.startswith("sincos2d") else "model.width / model.heads"
-            raise ValueError(f"model.position={self.position} needs {what} to be a multiple of 4, got {of}")
-
-    @property
-    def feedforward_width(self) -> int:
-        """D_ff."""
-        return self.mlp_width if self.mlp_width is not None else 4 * self.width
-
-    @property
-    def head_width(self) -> int:
-        """K = D / H, the columns of one head."""
-        return self.width // self.heads
-
-    @property
-    def grid(self) -> int:
-        """Patches per side of an image of image_size."""
-        return self.image_size // self.patch_size
-
-    @property
-    def patches(self) -> int:
-        """N = H W / P^2."""
-        return self.grid**2
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Class token and registers, which stand before the patches in this order."""
-        return int(self.class_token) + self.registers
-
-    @property
-    def tokens(self) -> int:
-        """What the encoder sees: class token, registers and patches."""
-        return self.prefix_tokens + self.patches
-
-    @property
-    def is_post_norm(self) -> bool:
-        """Norms stand after the sums, and there is no final one."""
-        return self.norm in ("post", "deepnorm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +51,7 @@ class OptimConfig:
     """Most images one rank feeds forward at once; the micro-batch is the largest divisor of its share up to this."""
     optimizer: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023: beta1 0.9, beta2 0.99); sgd with `momentum`; muon (Jordan et
-    al. 2024, as DeepSpeed shards it) for the matrices of the blocks, adamw with `adam_lr` for everything else."""
+    al. 2024, momentum 0.95) for the matrices of the blocks, adamw with `adam_lr` for everything else."""
     schedule: Literal["cosine", "linear", "rsqrt", "wsd", "constant"] = "cosine"
     """After warm-up: cosine or linear down to end_lr at the end of the run; rsqrt: peak / sqrt(1 + t / timescale) (Zhai et
     al. 2022); wsd: stays at the peak; constant: as wsd, without a cool-down. rsqrt and wsd end with `cooldown`."""
@@ -210,9 +73,9 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.9
-    """sgd; muon uses 0.95 by its paper."""
+    """sgd; muon has its own."""
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the first moment (adamw, lion) or the momentum (sgd) is kept in; bf16 saves two bytes per parameter (AugReg)."""
+    """What the first moment (adamw, lion) or the momentum (sgd, muon) is kept in; bf16 saves two bytes a number (AugReg)."""
     adam_lr: float | None = None
     """muon: peak rate of what adamw updates; None: peak_lr."""
     clip: float = 1.0
@@ -239,11 +102,6 @@ class OptimConfig:
             )
         if self.adam_lr is not None and self.optimizer != "muon":
             raise ValueError(f"optim.adam_lr has no effect with optim.optimizer={self.optimizer}; delete it")
-        if self.optimizer == "muon" and (self.layer_decay != 1.0 or self.moment_dtype != "fp32"):
-            raise ValueError(
-                "optim.optimizer=muon is DeepSpeed's, which knows neither optim.layer_decay nor optim.moment_dtype; "
-                "set them to 1.0 and fp32, or another optimizer"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +138,11 @@ class TrainConfig:
     resolutions: tuple[str, ...] = ()
     """Progressive resolution: image sizes and from when, such as ["128@0", "160@40%", "224@80%"]; none: model.image_size."""
     init_weights: str = machine("")
-    """Where a fine-tuning takes its weights from, or the run@step a branch started at; empty: fresh weights."""
+    """Where a fine-tuning takes its weights from; empty: fresh weights."""
+    branch: str = machine("")
+    """RUN@STEP whose whole state a branch starts from; empty: the run is none."""
     init_sha256: str = ""
-    """sha256 of those weights; filled in when the run starts."""
+    """sha256 of those weights, or of the record of that checkpoint; filled in when the run starts."""
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "drop_path", "dropout"):
@@ -347,6 +207,16 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     run: RunConfig = RunConfig()
 
+    def __post_init__(self) -> None:
+        masked, classes = self.train.masked_classes, self.model.classes
+        if masked and max(masked) >= classes:
+            raise ValueError(
+                f"train.masked_classes names class {max(masked)}, but model.classes={classes} are numbered from 0 to "
+                f"{classes - 1}; remove it or set model.classes to at least {max(masked) + 1}"
+            )
+        if len(masked) == classes:
+            raise ValueError(f"train.masked_classes masks all {classes} classes of model.classes; leave at least one")
+
 
 def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_steps: int | None = None) -> int:
     """Convert a length to steps, rounding up: 1500, "30ep", "1000000img", or "5%" of `total_steps`.
@@ -368,6 +238,24 @@ def steps_of(length: int | str, *, global_batch: int, epoch_images: int, total_s
         "": amount,
     }
     return math.ceil(steps[unit])
+
+
+def check_mix_group(config: Config, *, micro_batch: int, accumulation: int) -> None:
+    """Raise UsageError where images are mixed in groups of which a micro-batch holds no whole number."""
+    group, share = config.train.mix_group, micro_batch * accumulation
+    if not (config.train.mixup or config.train.cutmix) or micro_batch % group == 0:
+        return
+    groups = [str(n) for n in range(2, micro_batch + 1) if micro_batch % n == 0]
+    micro_batches = [str(n) for n in range(group, share + 1, group) if share % n == 0]
+    ways = [
+        *([f"train.mix_group to one of {', '.join(groups)}"] if groups else []),
+        *([f"train_micro_batch_size_per_gpu to one of {', '.join(micro_batches)}"] if micro_batches else []),
+        *([] if groups or micro_batches else ["another optim.global_batch, or train.mixup and train.cutmix to 0"]),
+    ]
+    raise UsageError(
+        f"train.mix_group={group} does not divide the micro-batch of {micro_batch} images, and mixup and cutmix pair images "
+        f"inside groups; set {' or '.join(ways)}"
+    )
 
 
 # ---- decode, override, encode ---------------------------------------------------------------------------------------
@@ -447,8 +335,24 @@ def model_from_record(record: dict[str, Any], *, origin: str = "") -> ModelConfi
     return _decode_strictly(ModelConfig, record, "model", origin=origin)
 
 
+NOT_OFFERED = {
+    "adafactor": "it factors the second moment over rows and columns, which ZeRO's flat partitions do not know; "
+    "take adamw, with optim.moment_dtype=bf16 to save memory",
+    "lamb": "it scales each update by the norm of the whole layer, which no rank of ZeRO holds; take adamw",
+    "lars": "it scales each update by the norm of the whole layer, which no rank of ZeRO holds; take sgd",
+    "shampoo": "it needs whole matrices and their roots, and ZeRO's partitions are flat; take muon or adamw",
+    "soap": "it needs whole matrices and their eigenvectors, and ZeRO's partitions are flat; take muon or adamw",
+    "adam": "its weight decay runs through the moments; take adamw (the same with optim.weight_decay=0)",
+}
+"""Optimizers people ask for, with the reason why there is none."""
+
+
 def _decode_strictly(cls: type[T], record: Any, path: str, *, origin: str) -> T:
     try:
+        if isinstance(record, dict) and isinstance(section := record.get("optim"), dict):
+            wanted = str(section.get("optimizer")).lower()
+            if wanted in NOT_OFFERED:
+                raise ValueError(f"optim.optimizer={wanted} is not offered: {NOT_OFFERED[wanted]}")
         return decode(cls, record, path)
     except ValueError as error:
         raise UsageError(f"{origin}: {error}" if origin else str(error)) from None

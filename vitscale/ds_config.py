@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.base.errors import UsageError, nearest
-from vitscale.config import Config, Recompute
-from vitscale.ds_keys import ACTIVATION_KEYS, ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED
+from vitscale.config import Config
+from vitscale.ds_check import OFFLOADS, check_record, check_stage, offloaded
+from vitscale.ds_keys import ACTIVATION_KEYS
+from vitscale.model.config import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,12 @@ class DsConfig:
     """Kernel of attention: "torch" (its own choice), "measured", or a name of model/kernels.py."""
     compile_blocks: bool
     """Whether every block is compiled by torch.compile."""
+    offload_optimizer: bool
+    """Whether masters and optimizer state lie in host memory and are updated there."""
+    offload_param: bool
+    """Whether the parameters lie in host memory until a block needs them (stage 3)."""
+    is_talkative: bool
+    """Whether DeepSpeed is asked for something that it says through its logger."""
     mechanism: str
     """How the precision is reached, in words."""
 
@@ -81,8 +89,7 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
     or micro-batches that do not divide (valid ones named).
     """
     record = copy.deepcopy(record)
-    _check_keys(record)
-    _check_autos(record, "")
+    check_record(record)
 
     _agree(record, "train_batch_size", config.optim.global_batch, "optim.global_batch")
     _agree(record, "gradient_clipping", config.optim.clip, "optim.clip")
@@ -94,6 +101,7 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         raise UsageError(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
 
     mechanism, precision = _precision(record, stage=stage, config=config)
+    check_stage(record, stage=stage, world=world, precision=config.train.precision)
     recompute = _recompute(record, depth=config.model.depth)
     attention = _one_of(record, "attention", ATTENTION_VALUES)
     compile_blocks = _compile(record, stage=stage, recompute=recompute)
@@ -103,7 +111,7 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": config.train.precision == "bf16"},
-        "fp16": {"enabled": False},
+        "fp16": {**record.get("fp16", {}), "enabled": config.train.precision == "fp16"},
     }
     engine = {key: copy.deepcopy(record[key]) for key in record if key not in ("vitscale", "activation_checkpointing")}
     engine |= {
@@ -111,7 +119,15 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         "checkpoint": {"tag_validation": "Fail"},
         # On by default, and synchronises the device at every micro-step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        # The optimizer is ours, also where its state lies in host memory: it is element-wise, and runs there as well.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    for section in OFFLOADS:
+        if not offloaded(record, section):
+            engine["zero_optimization"].pop(section, None)
+    if config.train.precision != "fp16":
+        engine["fp16"] = {"enabled": False}
     if stage == 0:
         # The engine clips there itself, after its own check for non-finite gradients: DeepSpeed has none at stage 0.
         engine["gradient_clipping"] = 0.0
@@ -126,43 +142,11 @@ def resolve_ds_config(record: dict[str, Any], *, config: Config, world: int) -> 
         checkpoint_keys=_checkpoint_keys(record, recompute=recompute, compile_blocks=compile_blocks),
         attention=attention,
         compile_blocks=compile_blocks,
+        offload_optimizer=offloaded(record, "offload_optimizer"),
+        offload_param=offloaded(record, "offload_param"),
+        is_talkative=_is_talkative(record),
         mechanism=mechanism,
     )
-
-
-def _check_keys(record: dict[str, Any]) -> None:
-    for key, value in record.items():
-        if key in REFUSED:
-            raise UsageError(f"ds_config: {key!r} is refused: {REFUSED[key]}")
-        if key not in KNOWN:
-            raise UsageError(f"ds_config: there is no key {key!r}{nearest(key, KNOWN)}")
-        inner = KNOWN[key]
-        if inner is None:
-            continue
-        if not isinstance(value, dict):
-            raise UsageError(f"ds_config: expected a section with keys at {key!r}, got {value!r}")
-        for name in value:
-            dotted = f"{key}.{name}"
-            if dotted in REFUSED:
-                raise UsageError(f"ds_config: {dotted!r} is refused: {REFUSED[dotted]}")
-            if name not in inner:
-                raise UsageError(f"ds_config: there is no key {dotted!r}{nearest(name, inner)}")
-    for name, value in record.get("activation_checkpointing", {}).items():
-        if name in ACTIVATION_KEYS and not isinstance(value, bool | None):
-            raise UsageError(f"ds_config: activation_checkpointing.{name}: expected true or false, got {value!r}")
-        if name in ACTIVATION_REASONS and value not in (False, None):
-            raise UsageError(
-                f"ds_config: activation_checkpointing.{name}={value!r} would have no effect: {ACTIVATION_REASONS[name]}; "
-                'choose the recomputed blocks with vitscale.recompute ("none", "all", or a number k for every k-th)'
-            )
-
-
-def _check_autos(value: Any, path: str) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_autos(inner, f"{path}.{name}" if path else name)
-    elif value == "auto" and path not in AUTO_KEYS:
-        raise UsageError(f'ds_config: {path} cannot be "auto"; only these can: {", ".join(AUTO_KEYS)}')
 
 
 def _agree(record: dict[str, Any], key: str, ours: float, name: str) -> None:
@@ -218,19 +202,24 @@ def divisors(number: int) -> list[int]:
 def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[str, dict[str, Any]]:
     """DeepSpeed's keys for train.precision (design.md 7), and the mechanism in words."""
     wanted = config.train.precision
-    bf16 = record.get("bf16", {}).get("enabled", "auto")
-    fp16 = record.get("fp16", {}).get("enabled", "auto")
+    said = {name: record.get(name, {}).get("enabled", "auto") for name in ("bf16", "fp16")}
     accumulate = record.get("data_types", {}).get("grad_accum_dtype")
-    if fp16 not in ("auto", False):
-        raise UsageError("ds_config: fp16.enabled=true is not offered; set it to false and train.precision to bf16 or fp32")
-    if bf16 not in ("auto", wanted == "bf16"):
+    if all(value is True for value in said.values()):
         raise UsageError(
-            f"ds_config says bf16.enabled={json.dumps(bf16)} but the recipe says train.precision={wanted}; "
-            'set bf16.enabled to "auto"'
+            "ds_config says bf16.enabled=true and fp16.enabled=true, but a run has one precision; "
+            f'set both to "auto" and train.precision (now {wanted}) to the one that is meant'
         )
+    for name, value in said.items():
+        if value != "auto" and not isinstance(value, bool):
+            raise UsageError(f'ds_config: {name}.enabled: expected true, false or "auto", got {value!r}')
+        if value not in ("auto", wanted == name):
+            raise UsageError(
+                f"ds_config says {name}.enabled={json.dumps(value)} but the recipe says train.precision={wanted}; "
+                f'set {name}.enabled to "auto"'
+            )
     if accumulate not in (None, "fp32", "bf16"):
         raise UsageError(f"ds_config: data_types.grad_accum_dtype: expected fp32 or bf16, got {accumulate!r}")
-    if accumulate == "bf16" and (wanted == "fp32" or stage <= 1):
+    if accumulate == "bf16" and (wanted != "bf16" or stage <= 1):
         raise UsageError(
             f"ds_config: data_types.grad_accum_dtype=bf16 has no effect with train.precision={wanted} at stage {stage}; "
             "delete the key"
@@ -240,6 +229,10 @@ def _precision(record: dict[str, Any], *, stage: int, config: Config) -> tuple[s
     off: dict[str, Any] = {"bf16": {"enabled": False}, "data_types": {}}
     if wanted == "fp32":
         return "fp32", off
+    if wanted == "fp16":
+        # A scaled fp16 sum over micro-batches would overflow before any of its terms does.
+        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}}
+        return "fp16 weights and scaled losses, fp32 masters and accumulation", {**off, **accumulation}
     if stage <= 1:
         return "bf16 autocast on fp32 weights", {**off, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if accumulate == "bf16":
@@ -274,6 +267,12 @@ def _checkpoint_keys(record: dict[str, Any], *, recompute: Recompute, compile_bl
             'set vitscale.recompute to "all" or a number and vitscale.compile to none, or delete the key'
         )
     return wanted
+
+
+def _is_talkative(record: dict[str, Any]) -> bool:
+    plain = ("wall_clock_breakdown", "memory_breakdown", "steps_per_print")
+    sections = ("flops_profiler", "comms_logger")
+    return any(record.get(key) for key in plain) or any(record.get(key, {}).get("enabled", False) for key in sections)
 
 
 ATTENTION_VALUES = ("torch", "measured", "flash", "cudnn", "efficient", "math")

@@ -28,7 +28,7 @@ def settings(world: int, *overrides: str, accumulation: int = 2, **sections: dic
 def loss_of(config: Config) -> Callable[[torch.dtype], MicroBatchLoss]:
     def of_dtype(dtype: torch.dtype) -> MicroBatchLoss:
         objective = Objective(model=config.model, label_smoothing=0.1, device=CPU, dtype=dtype)
-        return lambda forward, images, labels, slot: objective(forward, images, labels)
+        return lambda f, images, labels, slot: objective(f, images, labels[:, None], step=0, first_slot=slot).trained
 
     return of_dtype
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.ranks import cluster_of, free_port
+from tests.helpers.ranks import cluster_of, free_port, load_before_forking
 from vitscale.base.errors import run_main
 from vitscale.training.metrics import read_lines
 
@@ -60,6 +60,7 @@ def start(
     cores: int | None = None,
 ) -> Program:
     """Start launch/<script>.py with `world` ranks, each on its first `cores` cores if given; returns at once."""
+    load_before_forking()
     module = importlib.import_module(f"launch.{script}")
     port = free_port()
     pids = []

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     base = tmp_path_factory.mktemp("trained")
-    run("pretrain", "--run", base / "run", *SMALL, "ds.zero_optimization.stage=3", said=base / "a.txt", world=2)
+    settings = ["ds.zero_optimization.stage=3", "train.ema=[0.5, 0.9]"]
+    run("pretrain", "--run", base / "run", *SMALL, *settings, said=base / "a.txt", world=2)
     return base / "run"
 
 
@@ -48,6 +49,33 @@ def test_an_exported_file_stands_for_the_run(trained, tmp_path):
         run("evaluate", "--from", source, "--data", trained / "data" / "eval", "--json", to, said=tmp_path / "e.txt")
         answers.append([json.loads(to.read_text())[name] for name in ("top1", "top5", "loss")])
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_moving_average_is_exported_and_scores_as_in_training(trained, tmp_path):
+    measured = read_json(trained / "FINISHED.json")["eval"]
+    assert measured["ema"].keys() == {"0.5", "0.9"} and measured["ema"]["0.9"]["loss"] != measured["loss"]
+    file = tmp_path / "w.safetensors"
+    said = run("export", "--from", trained, "--ema", "0.9", "--to", file, said=tmp_path / "x.txt")
+    assert "moving average 0.9 at step 24" in said and "differ by at most 0.0" in said
+    for flags in (["--from", file], ["--from", trained, "--ema", "0.9"]):
+        to = tmp_path / "e.json"
+        run("evaluate", *flags, "--data", trained / "data" / "eval", "--json", to, said=tmp_path / "e.txt")
+        found = json.loads(to.read_text())
+        assert (found["top1"], found["top5"]) == (measured["ema"]["0.9"]["top1"], measured["ema"]["0.9"]["top5"])
+        assert found["loss"] == pytest.approx(measured["ema"]["0.9"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "words"),
+    [
+        ("run", ["--ema"], "keeps several moving averages; name one: --ema with 0.5, 0.9"),
+        ("run", ["--ema", "0.99"], "keeps no moving average with the decay 0.99; it keeps 0.5, 0.9"),
+        ("w.safetensors", ["--ema"], "holds one set of weights; --ema needs a run"),
+    ],
+)
+def test_a_moving_average_that_is_not_there_is_refused(trained, tmp_path, source, flags, words):
+    flags = ["--from", trained.parent / source, *flags, "--to", tmp_path / "to.safetensors"]
+    assert words in run("export", *flags, said=tmp_path / "x.txt", code=2)
 
 
 def test_attention_is_drawn(trained, tmp_path):

@@ -86,3 +86,47 @@ def test_a_peer_that_is_missing_is_named(dataset, monkeypatch):
         EnvironmentFault, match=r"--peers timm cannot be imported .*; install it with `pip install -e '.\[peers\]'`"
     ):
         next(batches)
+
+
+# ---- step -----------------------------------------------------------------------------------------------------------
+
+SMALL_STEP = (
+    *("--seconds", "0.1", "--rounds", "2", "model.width=32", "model.depth=2", "model.heads=2", "train.precision=fp32"),
+    *("optim.global_batch=16", "optim.micro_batch_max=8", "ds.vitscale.recompute=none"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_loops_are_timed_at_the_same_work(tmp_path, stage):
+    """Ours and a bare torch loop see the same losses: neither leaves out a micro-batch, the clipping or the update."""
+    record_path = tmp_path / "step.json"
+    options = [*SMALL_STEP, "--peers", "bare", "--json", record_path, f"ds.zero_optimization.stage={stage}"]
+    text = run("bench", "step", *options, said=tmp_path / "said")
+    record = json.loads(record_path.read_text())
+    ours, bare = record["loops"]["ours"], record["loops"]["bare"]
+    assert len(ours["losses"]) == 5 and len(set(ours["losses"])) == 5
+    assert ours["losses"] == pytest.approx(bare["losses"], rel=2e-5)
+    for loop in (ours, bare):
+        assert len(loop["step_s"]) == 2 and min(loop["step_s"]) > 0 and loop["mfu"] is None
+        middle = sorted(loop["step_s"])
+        assert loop["images_per_s"] == pytest.approx(16 / ((middle[0] + middle[1]) / 2))
+    assert 0 <= ours["data_wait"] < 1 and "bare torch loop, our model" in text and "ours waits" in text
+
+
+@pytest.mark.slow
+def test_our_loop_is_timed_on_a_dataset(tmp_path):
+    options = ["--shard-images", "120", "--workers", "1"]
+    run("build_shards", "digits:train", "--out", tmp_path / "data", *options, said=tmp_path / "build")
+    options = [*SMALL_STEP, "--data", tmp_path / "data", "--recipe", "digits", "data.workers=1"]
+    text = run("bench", "step", *options, said=tmp_path / "said")
+    assert "vitscale: engine, loop, metrics" in text and "8 px, batch 16" in text
+    said = run("bench", "step", *options, "model.classes=5", said=tmp_path / "b", code=2)
+    assert "set model.classes=10" in said
+
+
+def test_a_wrong_word_about_steps_is_one_sentence(dataset, tmp_path):
+    said = run("bench", "step", "--peers", "keras", said=tmp_path / "a", code=2)
+    assert "--peers: expected some of bare, timm, timm-deepspeed, got 'keras'" in said and "Traceback" not in said
+    said = run("bench", "step", "--rounds", "0", said=tmp_path / "b", code=2)
+    assert "--rounds: expected at least 1, got 0" in said

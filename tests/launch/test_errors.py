@@ -24,7 +24,6 @@ def datasets(tmp_path_factory):
     unreadable.mkdir()
     (unreadable / "manifest.json").write_text('{"schema_version": 1, "sha')
     numbers = [[number] * 2 for number in range(10)]
-    write_dataset(base / "several", numbered_images([2] * 10), [[[a, 9], [b]] for a, b in numbers], list("0123456789"))
     write_dataset(base / "unlabelled", numbered_images([2] * 10), [[[], []] for _ in numbers], list("0123456789"))
     wrong = base / "ds.json"
     wrong.write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
@@ -74,8 +73,9 @@ WRONG = [
     (["--data", "{data}/ten,"], 2, ["--data", "between the commas, got ''"]),
     (["data.path=a=0"], 2, ["the weight of a must be above 0"]),
     (["--data", "{data}/ten", "--eval-data", "{data}/ten,{data}/three"], 2, ["expected one dataset", "only --data mixes"]),
-    (["--data", "{data}/several"], 2, ["needs one label per image", "up to 2 labels per image"]),
-    (["--data", "{data}/unlabelled"], 2, ["needs one label per image", "has no labels"]),
+    (["--data", "{data}/unlabelled"], 2, ["need labels", "has none"]),
+    (["train.masked_classes=[3,10]"], 2, ["names class 10", "model.classes=10", "at least 11"]),
+    (["train.mixup=0.8", "train.mix_group=5"], 2, ["train.mix_group=5", "48 images", "one of 2, 3, 4, 6, 8, 12, 16, 24, 48"]),
     (["data.bad_images_max=2"], 2, ["data.bad_images_max must be within 0 and 1, got 2"]),
     (["--config", "{data}/none.json"], 3, ["expected a file at"]),
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_pipeline.manifest import Manifest, read_manifest
-from launch.assemble import evaluate_engine, make_engine
+from launch.engines import evaluate_engine, make_engine
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import numbered_images, write_dataset
 from vitscale.base.cluster import Cluster

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.program import SMALL, curve, run, start
+from vitscale.training.metrics import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +26,22 @@ def kill_after(seconds: float, run_directory: Path, said: Path, world: int, argu
     program.wait()
 
 
-@pytest.mark.parametrize(("world", "stage", "precision"), [(1, 0, "fp32"), (2, 2, "bf16"), (2, 3, "fp32")])
-def test_three_kills_leave_no_trace(tmp_path, world, stage, precision):
-    arguments = [*SMALL, *CADENCE, f"ds.zero_optimization.stage={stage}", f"train.precision={precision}"]
+# Everything that has a state or a rate of its own.
+RICH = (
+    "train.ema=[0.9, 0.99]",
+    "optim.layer_decay=0.7",
+    "optim.head_weight_decay=0.3",
+    "optim.moment_dtype=bf16",
+    "optim.schedule=wsd",
+    "optim.cooldown=25%",
+)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "precision", "more"), [(1, 0, "fp32", ()), (2, 2, "bf16", RICH), (2, 3, "fp32", ())]
+)
+def test_three_kills_leave_no_trace(tmp_path, world, stage, precision, more):
+    arguments = [*SMALL, *CADENCE, f"ds.zero_optimization.stage={stage}", f"train.precision={precision}", *more]
     quiet, stormy = tmp_path / "quiet", tmp_path / "stormy"
     run("pretrain", "--run", quiet, *arguments, said=tmp_path / "quiet.txt", world=world)
     moments = random.Random(f"{world}{stage}")
@@ -38,6 +52,11 @@ def test_three_kills_leave_no_trace(tmp_path, world, stage, precision):
     names = ("loss", "grad_norm", "lr", "samples_hash", "images_seen", "skipped")
     assert curve(stormy, *names) == curve(quiet, *names), said
     assert [step for step, _ in curve(quiet, "loss")] == list(range(1, 25))
+    scores = [[line for line in read_lines(place / "metrics.jsonl") if "eval" in line] for place in (quiet, stormy)]
+    assert scores[0] == scores[1] and len(scores[0]) == 2 and all(("ema" in line) == bool(more) for line in scores[0])
+    averages = [path.relative_to(quiet) for path in quiet.glob("checkpoints/step-*/ema-*")]
+    assert len(averages) == (2 * world if more else 0)  # of the two checkpoints that are kept
+    assert all((quiet / path).read_bytes() == (stormy / path).read_bytes() for path in averages)
 
 
 def test_starting_a_finished_run_says_so_and_changes_nothing(tmp_path):

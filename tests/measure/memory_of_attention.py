@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitscale.config import ModelConfig
 from vitscale.insight.views import view_image
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.helpers.peers import peer
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.position import resize_patch_kernel, resize_positions, rotate, rotation, sincos2d_mae
 
 GRIDS = [((14, 14), (24, 24)), ((24, 24), (14, 14)), ((7, 7), (16, 9)), ((16, 16), (16, 16))]

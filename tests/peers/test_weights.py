@@ -7,7 +7,7 @@ from torch import nn
 from launch.certificate import our_logits, sentence, their_logits
 from launch.export import write
 from tests.helpers.peers import peer
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.weights.foreign import load_any, save_directory
 from vitscale.weights.mapping import Foreign

@@ -9,7 +9,6 @@ from data_pipeline.config import AugmentConfig, DataConfig
 from vitscale.base.errors import UsageError
 from vitscale.config import (
     Config,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -21,6 +20,7 @@ from vitscale.config import (
     steps_of,
     to_record,
 )
+from vitscale.model.config import ModelConfig
 from vitscale.recipes.catalog import RECIPES, recipe_named
 
 MODEL = {"image_size": 8, "patch_size": 2, "width": 64, "depth": 4, "heads": 4, "classes": 10}
@@ -119,6 +119,9 @@ def test_the_last_override_of_a_key_wins_and_checks_see_all_of_them_together():
         ("optim.peak_lr=NaN", "optim.peak_lr: expected a number, got nan"),
         ("optim.peak_lr=1e999", "optim.peak_lr: expected a number, got inf"),
         ("optim.warmup=true", "optim.warmup: expected a whole number or a text, got True"),
+        ("optim.optimizer=LAMB", "optim.optimizer=lamb is not offered: it scales each update by the norm of the whole layer"),
+        ("optim.optimizer=adafactor", "factors the second moment over rows and columns, which ZeRO's flat partitions"),
+        ("optim.optimizer=adamx", "optim.optimizer: expected one of 'adamw', 'lion', 'sgd', 'muon', got 'adamx'"),
         ("model.mlp_width=wide", "model.mlp_width: expected a whole number or null, got 'wide'"),
         ("model.projection_bias=1", "model.projection_bias: expected true or false, got 1"),
         ("model.norm=pst", "model.norm: expected one of 'pre', 'post', 'deepnorm', 'respost', got 'pst'; did you mean 'post'"),
@@ -257,7 +260,8 @@ KINDS = {
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
         augment.erase augment.erase_with
     """,
-    "machine": "data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights",
+    "machine": """data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights
+        train.branch""",
     "watching": """run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every run.parity
         run.histograms_every""",
 }

@@ -11,8 +11,21 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from vitscale.base.errors import UsageError
 from vitscale.config import Config, apply_overrides
+from vitscale.ds_check import _FITS
 from vitscale.ds_config import DsConfig, divisors, read_ds_config, resolve_ds_config
-from vitscale.ds_keys import ACTIVATION_KEYS, ACTIVATION_REASONS, AUTO_KEYS, KNOWN, REFUSED, ZERO_KEYS
+from vitscale.ds_keys import (
+    ACTIVATION_KEYS,
+    ACTIVATION_REASONS,
+    AUTO_KEYS,
+    CHECKED_LATER,
+    COUNT,
+    FLAG,
+    KNOWN,
+    REFUSED,
+    SIZE,
+    ZERO,
+    Table,
+)
 from vitscale.recipes.catalog import recipe_named
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,10 +144,12 @@ def test_literals_that_repeat_the_recipe_are_welcome(precision):
     assert resolve(record, f"train.precision={precision}") == resolve({}, f"train.precision={precision}")
 
 
-def test_fp16_is_not_offered():
-    assert "fp16.enabled=true is not offered" in refusal({"fp16": {"enabled": True}})
-    resolve({"fp16": {"enabled": False}})
-    resolve({"fp16": {"enabled": "auto"}})
+def test_two_precisions_at_once_are_refused():
+    said = refusal({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    assert "bf16.enabled=true and fp16.enabled=true" in said and "train.precision (now fp32)" in said
+    assert "fp16.enabled=true" in refusal({"fp16": {"enabled": True}})
+    assert "fp16.enabled=false" in refusal({"fp16": {"enabled": False}}, "train.precision=fp16")
+    assert "fp16.enabled: expected true, false" in refusal({"fp16": {"enabled": 1}})
 
 
 # ---- keys -------------------------------------------------------------------------------------------------------
@@ -167,13 +182,19 @@ def test_an_unknown_key_is_refused_with_the_nearest(path, hint):
     assert refusal(set_dotted(path, 1)) == f"ds_config: there is no key {hint}"
 
 
-@pytest.mark.parametrize("section", [key for key, inner in KNOWN.items() if inner is not None])
+@pytest.mark.parametrize("section", [key for key, inner in KNOWN.items() if isinstance(inner, dict)])
 def test_a_section_must_be_one(section):
     assert refusal({section: True}) == f"ds_config: expected a section with keys at {section!r}, got True"
 
 
 @pytest.mark.parametrize(
-    "path", [*(f"zero_optimization.{key}" for key in ZERO_KEYS), "steps_per_print", "vitscale.recompute", "vitscale.attention"]
+    "path",
+    [
+        *(f"zero_optimization.{key}" for key in ZERO if not key.startswith("offload")),
+        "steps_per_print",
+        "vitscale.recompute",
+        "vitscale.attention",
+    ],
 )
 def test_auto_is_refused_where_it_has_no_meaning(path):
     said = refusal(set_dotted(path, "auto"))
@@ -289,14 +310,104 @@ def test_what_has_a_dangerous_default_is_always_written(stage, clip):
     assert ds.engine["checkpoint"] == {"tag_validation": "Fail"}
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_accumulates_in_fp32_and_keeps_its_own_settings(stage):
+    section = {"initial_scale_power": 10, "loss_scale_window": 7}
+    for enabled in ({}, {"enabled": "auto"}, {"enabled": True}):
+        ds = resolve({"fp16": section | enabled, "zero_optimization": {"stage": stage}}, "train.precision=fp16")
+        assert ds.engine["fp16"] == {**section, "enabled": True}
+        assert ds.engine["bf16"] == {"enabled": False}
+        assert ds.engine["data_types"] == {"grad_accum_dtype": "fp32"}
+    for precision in ("fp32", "bf16"):
+        ds = resolve({"fp16": section, "zero_optimization": {"stage": stage}}, f"train.precision={precision}")
+        assert ds.engine["fp16"] == {"enabled": False}
+        assert ds.record["fp16"] == {**section, "enabled": False}
+    assert "grad_accum_dtype=bf16 has no effect" in refusal(
+        {"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision=fp16"
+    )
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_offloading_is_where_it_has_an_effect(stage):
+    for section, first in (("offload_optimizer", 1), ("offload_param", 3)):
+        zero = {"stage": stage, section: {"device": "cpu", "pin_memory": False}}
+        if stage < first:
+            said = refusal({"zero_optimization": zero})
+            assert (
+                f"{section}.device=cpu would have no effect at stage {stage}" in said and "set zero_optimization.stage" in said
+            )
+        else:
+            ds = resolve({"zero_optimization": zero})
+            assert ds.engine["zero_optimization"] == zero
+            assert (ds.offload_optimizer, ds.offload_param) == (section == "offload_optimizer", section == "offload_param")
+        ds = resolve({"zero_optimization": zero | {section: {"device": "none"}}})
+        assert section not in ds.engine["zero_optimization"] and not ds.offload_optimizer and not ds.offload_param
+        said = refusal({"zero_optimization": zero | {section: {"device": "nvme"}}})
+        assert f"{section}.device: expected none or cpu, got 'nvme'" in said and "has not been tested" in said
+
+
+def test_our_optimizer_is_welcome_everywhere():
+    ds = resolve({})
+    assert ds.engine["zero_allow_untested_optimizer"] is True
+    assert ds.engine["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_what_deepspeed_cannot_do_at_a_stage_is_refused():
+    assert "fp16 is not offered at ZeRO stage 0" in refusal({"zero_optimization": {"stage": 0}}, "train.precision=fp16")
+    for prescaled in ({"prescale_gradients": True}, {"gradient_predivide_factor": 2.0}):
+        assert "do not go with reduce_scatter at stage 2" in refusal(prescaled)
+        resolve(prescaled | {"zero_optimization": {"stage": 1}})
+        resolve(prescaled | {"zero_optimization": {"stage": 2, "reduce_scatter": False}})
+    said = refusal({"communication_data_type": "fp32", "zero_optimization": {"stage": 1}}, "train.precision=bf16")
+    assert "communication_data_type=fp32 would have no effect" in said
+    resolve({"communication_data_type": "fp32"}, "train.precision=bf16")
+    for stage, world in ((2, 2), (3, 3)):
+        said = refusal({"zero_optimization": {"stage": stage, "zero_hpz_partition_size": 2}}, world=world)
+        assert f"got stage {stage} and {world} ranks" in said
+
+
+def leaves(table: Table, path: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, expected in table.items():
+        dotted = f"{path}.{name}" if path else name
+        found += leaves(expected, dotted) if isinstance(expected, dict) else [(dotted, expected)]
+    return found
+
+
+WRONG = ["yes", "8", -2, 2.5, [1], {"a": 1}, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize(("path", "expected"), [leaf for leaf in leaves(KNOWN) if leaf[1] != CHECKED_LATER])
+def test_every_value_is_checked_before_deepspeed_sees_it(path, expected):
+    refused = 0
+    for value in (*WRONG, *((0, 1) if expected == FLAG else (True, False))):
+        record = {"zero_optimization": {"reduce_scatter": False}} | set_dotted(path, value)
+        try:
+            ds = resolve(record)
+        except UsageError as error:
+            assert f"{path}: expected {expected}, got {value!r}" in str(error)
+            refused += 1
+        else:
+            theirs.DeepSpeedConfig(copy.deepcopy(ds.engine))  # what we let through, it takes
+    assert refused >= 6
+
+
+def test_a_size_may_be_written_as_2e8():
+    for kind in (SIZE, COUNT):
+        assert _FITS[kind](2e8) and not _FITS[kind](2.5)
+    zero = {"reduce_bucket_size": 2e8}
+    assert theirs.DeepSpeedConfig(resolve({"zero_optimization": zero}).engine).zero_config.reduce_bucket_size == 200_000_000
+
+
 def texts_of(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [text for inner in value.values() for text in texts_of(inner)]
     return [value]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(s, p) for s in range(4) for p in ("fp32", "bf16", "fp16") if s > 0 or p != "fp16"]
+)
 def test_deepspeed_accepts_what_it_gets(stage, precision):
     record = SHIPPED | {"zero_optimization": {**SHIPPED["zero_optimization"], "stage": stage}}
     ds = resolve(record, f"train.precision={precision}", "optim.clip=0.5")
@@ -307,6 +418,7 @@ def test_deepspeed_accepts_what_it_gets(stage, precision):
     assert read.zero_config.stage == stage
     assert read.gradient_clipping == (0.0 if stage == 0 else 0.5)
     assert read.bfloat16_config.enabled == (precision == "bf16" and stage >= 2)
+    assert read.float16_config.enabled == (precision == "fp16")
     assert read.torch_autocast_enabled == (precision == "bf16" and stage <= 1)
     assert read.checkpoint_tag_validation_fail
     assert not read.timers_config.enabled
@@ -314,7 +426,7 @@ def test_deepspeed_accepts_what_it_gets(stage, precision):
 
 def test_our_tables_are_deepspeeds_own():
     fields = DeepSpeedZeroConfig.model_fields
-    assert set(ZERO_KEYS) <= {field.alias or name for name, field in fields.items()}
+    assert set(ZERO) <= {field.alias or name for name, field in fields.items()}
     removed = set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS) | {
         f"zero_optimization.{key}" for key in theirs._REMOVED_ZERO_CONFIG_KEYS
     }

@@ -63,6 +63,12 @@ class BadDataError(VitscaleError):
     every_rank_speaks = True
 
 
+class DivergedError(VitscaleError):
+    """The run has lost its way and would not find back. Exit 79, printed by rank 0: do not requeue."""
+
+    exit_code = ExitCode.DIVERGED
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean X?` for the closest choice, or an empty string when nothing is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

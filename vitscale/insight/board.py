@@ -46,13 +46,15 @@ def attention_watcher(engine: Engine, images_BHWC: Tensor, *, metrics: Metrics |
 
 
 def scalars_of(seen: Look) -> dict[str, float]:
-    """Entropy, distance and median norm per block, means over images and heads; the first block is 1."""
+    """Entropy, distance, largest logit and median norm per block; means over images and heads but for the logit, of which it
+    is the largest. The first block is 1."""
     scalars: dict[str, float] = {}
-    for number, (entropy_BH, distance_BH, norms_BN) in enumerate(
-        zip(seen.entropy_BH, seen.distance_BH, seen.norms_BN, strict=True), start=1
+    for number, (entropy_BH, distance_BH, logit_BH, norms_BN) in enumerate(
+        zip(seen.entropy_BH, seen.distance_BH, seen.logit_BH, seen.norms_BN, strict=True), start=1
     ):
         scalars[f"entropy_nats/block_{number:02d}"] = float(entropy_BH.mean())
         scalars[f"distance_pixels/block_{number:02d}"] = float(distance_BH.mean())
+        scalars[f"largest_logit/block_{number:02d}"] = float(logit_BH.max())
         scalars[f"patch_norm/block_{number:02d}"] = float(norms_BN[:, seen.prefix :].median())
     return scalars
 

@@ -5,6 +5,8 @@ pool         MAP's own attention, whose one query is what the head asks
 entropy      mean over the patches' rows of -sum_j A_ij ln A_ij, in nats; between 0 and ln N
 distance     mean over the patches' rows of sum_j A_ij d_ij / sum_j A_ij over patches j, d_ij between centres in pixels
              (Dosovitskiy et al. 2021, figure 7 and appendix D.7)
+logit        largest |q_i k_j / sqrt(K)| before the softmax: past about 50 attention is one-hot and training nears
+             divergence (Dehghani et al. 2023, section 2; Wortsman et al. 2023, section 3.1)
 norm         |z_i| of each token behind each block (Darcet et al. 2024, section 2)
 
 Memory besides weights and an ordinary forward pass, per image: 4 L N^2 bytes for the mean maps, 4 L (H + 1) N for rows and
@@ -43,6 +45,8 @@ class Look:
     asking_BHN: list[Tensor]
     entropy_BH: list[Tensor]
     distance_BH: list[Tensor]
+    logit_BH: list[Tensor]
+    """Largest attention logit of a head, by size."""
     norms_BN: list[Tensor]
     pool_BHN: Tensor | None
     """MAP only."""
@@ -107,6 +111,14 @@ class LayerTally:
         self.distance_BH[:, head] += (far_BM / mass_BM).sum(dim=1).to("cpu") / n_patches
 
 
+def largest_logit(q_BHNK: Tensor, k_BHNK: Tensor) -> Tensor:
+    """max over i, j of |q_i k_j / sqrt(K)|: BH, in float32. Head by head, as the maps are."""
+    scale = q_BHNK.shape[-1] ** -0.5
+    heads = range(q_BHNK.shape[1])
+    found = [((q_BHNK[:, h].float() * scale) @ k_BHNK[:, h].float().mT).abs().amax(dim=(1, 2)) for h in heads]
+    return torch.stack(found, dim=1)
+
+
 @torch.no_grad()
 def look(model: VisionTransformer, images_BCHW: Tensor, *, forward: Forward | None = None, keep_maps: bool = True) -> Look:
     """Run the images through `forward` (None: the model) and keep what a `Look` holds.
@@ -121,6 +133,7 @@ def look(model: VisionTransformer, images_BCHW: Tensor, *, forward: Forward | No
     shape = (B, config.heads, config.prefix_tokens + rows * columns)
     tallies: dict[int, LayerTally] = {}
     norms: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}
     pool: list[Tensor] = []
 
     def watch(layer: int) -> Watch:
@@ -129,6 +142,7 @@ def look(model: VisionTransformer, images_BCHW: Tensor, *, forward: Forward | No
             for head, queries, rows_BMN in chunks(q_BHNK, k_BHNK):
                 tally.add(head, queries, rows_BMN.float())
             tallies[layer] = tally
+            logits[layer] = largest_logit(q_BHNK, k_BHNK).cpu()
 
         return catch
 
@@ -160,6 +174,7 @@ def look(model: VisionTransformer, images_BCHW: Tensor, *, forward: Forward | No
         asking_BHN=[tally.asking_BHN for tally in ordered],
         entropy_BH=[tally.entropy_BH for tally in ordered],
         distance_BH=[tally.distance_BH for tally in ordered],
+        logit_BH=[logits[layer] for layer in range(config.depth)],
         norms_BN=[norms[layer] for layer in range(config.depth)],
         pool_BHN=pool[0] if pool else None,
     )

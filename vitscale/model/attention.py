@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
+from vitscale.model.dropout import Dropout
 from vitscale.model.norms import make_norm
 from vitscale.model.position import rotate
 
@@ -26,12 +27,14 @@ class Attention(nn.Module):
     """MSA(Z) = Concat(head_1 ... head_H) W_O with head_h = softmax(Q K^T / sqrt(K)) V.
 
     W_Q, W_K and W_V of all heads are one matrix `qkv` (3D, D): rows of q, then k, then v, heads in order (as timm has it).
+    Dropout stands behind W_O; the attention itself has none.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         D = config.width
         self.heads = config.heads
+        self.dropout = Dropout(dropout)
         self.qkv = nn.Linear(D, 3 * D, bias=config.projection_bias and config.qkv_bias)
         self.q_norm = make_norm(config, config.head_width) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_width) if config.qk_norm else None
@@ -56,7 +59,7 @@ class Attention(nn.Module):
         heads_BHNK = attend(q, k, v)
         if self.watch is not None:
             self.watch(q, k, v, heads_BHNK)
-        return self.proj(heads_BHNK.transpose(1, 2).flatten(2))
+        return self.dropout(self.proj(heads_BHNK.transpose(1, 2).flatten(2)))
 
 
 class AttentionPool(nn.Module):

@@ -16,7 +16,7 @@ def compile_blocks(model: VisionTransformer, *, batch: int, dtype: torch.dtype, 
     """
     config = model.config
     device = next(model.parameters()).device
-    trial = Block(config).to(device, dtype)
+    trial = Block(config, model.dropout.rate).to(device, dtype)
     trial.compile()
     turned = rotation(config, config.grid, config.grid, device) if config.position == "rotary" else None
     z_BND = torch.zeros(batch, config.tokens, config.width, device=device, dtype=dtype, requires_grad=True)

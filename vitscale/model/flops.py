@@ -5,7 +5,7 @@ N patches   S tokens (prefix and patches)   D width   M feed-forward width   L d
 
 from math import prod
 
-from vitscale.config import ModelConfig, Recompute
+from vitscale.model.config import ModelConfig, Recompute
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitscale.config import ModelConfig
 from vitscale.model.attention import Attention
+from vitscale.model.config import ModelConfig
+from vitscale.model.dropout import Dropout
 from vitscale.model.norms import make_norm
 
 
@@ -67,12 +68,14 @@ class FeedForward(nn.Module):
     gelu       z Phi(z), the seed's
     gelu_tanh  its tanh approximation (Hendrycks & Gimpel 2016), which JAX weights were trained with
     swiglu     silu(z W_g + b_g) * (z W_v + b_v) (Shazeer 2020); W_1 = [W_g; W_v], rows of the gate first (timm's SwiGLUPacked)
+    Dropout stands behind f and behind W_2 (ViT's MlpBlock).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         D, M = config.width, config.feedforward_width
         self.activation = config.activation
+        self.dropout = Dropout(dropout)
         self.fc1 = nn.Linear(D, 2 * M if config.activation == "swiglu" else M)
         self.fc2 = nn.Linear(M, D)
 
@@ -80,8 +83,10 @@ class FeedForward(nn.Module):
         hidden_BNM = self.fc1(z_BND)
         if self.activation == "swiglu":
             gate_BNM, value_BNM = hidden_BNM.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate_BNM) * value_BNM)
-        return self.fc2(F.gelu(hidden_BNM, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+            hidden_BNM = F.silu(gate_BNM) * value_BNM
+        else:
+            hidden_BNM = F.gelu(hidden_BNM, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.dropout(self.fc2(self.dropout(hidden_BNM)))
 
 
 class LayerScale(nn.Module):
@@ -111,17 +116,17 @@ class Block(nn.Module):
     LayerScale multiplies MSA(.) and FFN(.).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.placement = config.norm
         self.is_post_norm = config.is_post_norm
         self.alpha = (2 * config.depth) ** 0.25 if config.norm == "deepnorm" else 1.0
         scaled = config.layer_scale is not None
         self.norm1 = make_norm(config, config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config, dropout)
         self.ls1 = LayerScale(config.width) if scaled else None
         self.norm2 = None if config.parallel else make_norm(config, config.width)
-        self.mlp = FeedForward(config)
+        self.mlp = FeedForward(config, dropout)
         self.ls2 = LayerScale(config.width) if scaled else None
 
     def forward(self, z_BND: Tensor, rotation: Rotation | None = None, kept: Kept | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 
 ROTARY_BASE = 100.0
 """Ratio of the longest to the shortest period (DINOv3; Heo et al. 2024 use the same for axial rotations)."""

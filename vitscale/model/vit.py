@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vitscale.base.files import xxh3_64
-from vitscale.config import ModelConfig, Recompute
 from vitscale.model.attention import AttentionPool
+from vitscale.model.config import ModelConfig, Recompute
+from vitscale.model.dropout import Dropout
 from vitscale.model.layers import Block, FeedForward, Kept, PatchEmbed
 from vitscale.model.norms import make_norm
 from vitscale.model.position import fixed_positions, resize_positions, rotation
@@ -36,13 +37,16 @@ class VisionTransformer(nn.Module):
         *,
         recompute: Recompute = 0,
         drop_path: Sequence[float] = (),
+        dropout: float = 0.0,
         checkpoint_function: Checkpoint | None = None,
     ) -> None:
         """recompute: in training, what blocks forget and compute again in the backward pass: 0 nothing, k everything in every
         k-th block, "selective" all but attention and matrix products. Changes memory and time, never a value.
         `checkpoint_function` replaces torch's non-reentrant one where blocks are recomputed whole.
         drop_path: a rate per block, or none. In training each branch of a block is computed for round((1 - rate) B) images
-        drawn from torch's global CPU generator, and scaled by B over their number (Huang et al. 2016; DINOv2's form)."""
+        drawn from torch's global CPU generator, and scaled by B over their number (Huang et al. 2016; DINOv2's form).
+        dropout: a rate, in training, after the positions are added, after attention's output map, and after both parts of the
+        feed-forward (Dosovitskiy et al. 2021, appendix B.1; attention itself and the MAP head have none)."""
         super().__init__()
         assert len(drop_path) in (0, config.depth)
         self.config = config
@@ -55,7 +59,8 @@ class VisionTransformer(nn.Module):
         rows = config.patches + (config.prefix_tokens if config.prefix_positions else 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, D)) if config.position == "learned" else None
         self.patch_embed = PatchEmbed(config.patch_size, config.channels, D, bias=config.projection_bias)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.dropout = Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.depth))
         self.norm = None if config.is_post_norm else make_norm(config, D)
         self.attn_pool = AttentionPool(config, FeedForward(config)) if config.pool == "map" else None
         self.pre_logits = nn.Linear(D, config.pre_logits_width) if config.pre_logits_width else None
@@ -71,7 +76,7 @@ class VisionTransformer(nn.Module):
             )
         B, _, height, width = images_BCHW.shape
         rows, columns = height // P, width // P
-        z_BND = self._with_prefix_and_positions(self.patch_embed(images_BCHW), rows, columns)
+        z_BND = self.dropout(self._with_prefix_and_positions(self.patch_embed(images_BCHW), rows, columns))
         turned = rotation(self.config, rows, columns, z_BND.device) if self.config.position == "rotary" else None
         kept = self._draw_kept(B, z_BND.device)
         for layer, block in enumerate(self.blocks):
@@ -183,7 +188,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 @torch.no_grad()
-def initialise(model: VisionTransformer, *, seed: int) -> None:
+def initialise(model: VisionTransformer, *, seed: int, head_bias: float = 0.0) -> None:
     """Fill every parameter with fresh values.
 
     name                     distribution                         as in
@@ -207,6 +212,8 @@ def initialise(model: VisionTransformer, *, seed: int) -> None:
     norm="deepnorm": values (v), attn.proj, mlp.fc1 and fc2 of the blocks are multiplied by (8L)^(-1/4)   DeepNet
     head.weight              0                                    ViT: every class starts at probability 1/classes,
                                                                   whatever the norm
+    head.bias                head_bias                            big_vision: for sigmoid over many classes, -10 starts each
+                                                                  at a probability of 4.5e-5 instead of 1/2
     ViT: Dosovitskiy et al. 2021 and its published code, google-research/vision_transformer, models_vit.py.
 
     Each value depends on (seed, name, shape) only: drawn on the CPU in float32 from a generator keyed by seed and name,
@@ -218,7 +225,8 @@ def initialise(model: VisionTransformer, *, seed: int) -> None:
         parameter.fill_(math.nan)
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(xxh3_64(f"{seed} {name}".encode()))
-        parameter.copy_(_distribution_of(name, model.config)(parameter.shape, generator))
+        draw = _constant(head_bias) if name == "head.bias" else _distribution_of(name, model.config)
+        parameter.copy_(draw(parameter.shape, generator))
     unfilled = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
     assert not unfilled, f"without a fresh value: {unfilled}"
 
@@ -291,3 +299,17 @@ def _lecun_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices only, not to biases, norms, factors, tokens, positions and MAP's query."""
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("cls_token", "reg_token", "pos_embed", "latent")
+
+
+def layer_of(name: str, *, depth: int) -> int:
+    """Where a parameter stands on the way up: 0 the embeddings, l + 1 block l, depth + 1 everything behind the blocks."""
+    first, _, rest = name.partition(".")
+    if first in ("patch_embed", "cls_token", "reg_token", "pos_embed"):
+        return 0
+    return int(rest.partition(".")[0]) + 1 if first == "blocks" else depth + 1
+
+
+def matrices_in(name: str, config: ModelConfig) -> int:
+    """How many matrices of equal size stand one above the other in a parameter: queries, keys, values; SwiGLU's two."""
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    return {"qkv": 3, "kv": 2, "fc1": 2 if config.activation == "swiglu" else 1}.get(kind, 1)

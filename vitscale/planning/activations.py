@@ -4,17 +4,19 @@ Counted are the tensors autograd keeps for an encoder with a fused attention ker
 input; a norm its input and two statistics in float32 (RMSNorm, which torch composes on a CPU, one statistic and its normalised
 input too); an activation its input; the kernel q, k, v, its output and a logarithm per head and token in float32. What an
 allocator rounds up, and what the backward pass itself needs, come on top. Blocks that are recomputed whole keep their input
-only; selective recomputation keeps the input of a block and the results of its products.
+only; selective recomputation keeps the input of a block and the results of its products. Dropout keeps a byte per element.
 
 S tokens   D width   M feed-forward width   H heads   L depth   b bytes of an element
 """
 
-from vitscale.config import ModelConfig, Recompute
+from vitscale.model.config import ModelConfig, Recompute
 
 
-def saved_bytes(model: ModelConfig, recompute: Recompute, *, element_bytes: int) -> int:
+def saved_bytes(model: ModelConfig, recompute: Recompute, *, element_bytes: int, dropout: float = 0.0) -> int:
     """Bytes per image kept between forward and backward; parameters, images and logits are not counted."""
     whole, selective, entry = (_block_bytes(model, kind, element_bytes) for kind in ("whole", "selective", "entry"))
+    if dropout:
+        whole += model.tokens * (2 * model.width + model.feedforward_width)  # masks behind W_O, f and W_2
     if recompute == "selective":
         blocks = model.depth * selective
     elif recompute == 0:
@@ -23,7 +25,8 @@ def saved_bytes(model: ModelConfig, recompute: Recompute, *, element_bytes: int)
         assert isinstance(recompute, int)
         recomputed = -(-model.depth // recompute)
         blocks = recomputed * entry + (model.depth - recomputed) * whole
-    return blocks + _ends_bytes(model, element_bytes)
+    positions_mask = model.tokens * model.width if dropout else 0
+    return blocks + positions_mask + _ends_bytes(model, element_bytes)
 
 
 def _block_bytes(model: ModelConfig, kind: str, b: int) -> int:

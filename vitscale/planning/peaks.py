@@ -1,9 +1,26 @@
-"""Peak dense bf16 speed of accelerators, the denominator of MFU. Vendor data sheets, without sparsity."""
+"""Accelerators by name: peak dense bf16 speed, the denominator of MFU, and memory. Vendor data sheets, without sparsity."""
 
-# FLOP/s by a part of the device name.
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator."""
+
+    peak_bf16: float
+    """FLOP/s."""
+    memory_bytes: float
+
+
+# By a part of the device name.
+GPUS = {
+    "A100": Gpu(312e12, 80e9),
+    "H100": Gpu(989e12, 80e9),
+    "H200": Gpu(989e12, 141e9),
+    "B200": Gpu(2250e12, 180e9),
+}
 
 
 def peak_flops_of(device_name: str) -> float | None:
     """Peak FLOP/s of a device by its name, or None where it is not known (then MFU is null)."""
-    return next((peak for part, peak in PEAK_BF16.items() if part in device_name), None)
+    return next((gpu.peak_bf16 for part, gpu in GPUS.items() if part in device_name), None)

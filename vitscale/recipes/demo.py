@@ -1,7 +1,8 @@
 """Small recipes for two CPU cores: the embedded digits and CIFAR-10. A global batch of 96 fits 1, 2, 3, 4, 6 and 8 ranks."""
 
 from data_pipeline.config import AugmentConfig, DataConfig
-from vitscale.config import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vitscale.config import Config, OptimConfig, RunConfig, TrainConfig
+from vitscale.model.config import ModelConfig
 
 
 def digits() -> Config:

@@ -1,7 +1,8 @@
 """Fine-tuning recipes: a pretrained model gets a new head and, if asked, another resolution."""
 
 from data_pipeline.config import AugmentConfig, DataConfig
-from vitscale.config import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vitscale.config import Config, OptimConfig, RunConfig, TrainConfig
+from vitscale.model.config import ModelConfig
 
 
 def finetune() -> Config:

@@ -4,6 +4,7 @@ RUN/checkpoints/
   step-00001200/                  one committed checkpoint, made by renaming step-00001200.partial
     zero_pp_rank_*, mp_rank_*     DeepSpeed's own sharded files
     partition-RRRRR.json          where this rank's flat partitions hold which slice of which parameter
+    ema-RRRRR.safetensors         the moving averages of these partitions, where any are kept
     vitscale.json                 written last: state, world, versions, every file with size and sha256, and the sha256
                                   of the record itself
   step-00001100.bad-1/            failed its own checksums; kept to look at, never loaded
@@ -36,13 +37,14 @@ from vitscale.base.files import (
     write_json,
 )
 from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero, versions
-from vitscale.training.partitions import partition_map
+from vitscale.training.partitions import averages_name, partition_map
+from vitscale.weights.tensors import load_tensors, save_tensors
 
 SCHEMA_VERSION = 1
 RECORD = "vitscale.json"
 _COMMITTED = re.compile(r"step-(\d{8,})$")
 _BAD = re.compile(r"step-\d{8,}\.bad-\d+$")
-_OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|partition-(\d+)\.json$|mp_rank_")
+_OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|(?:partition|ema)-(\d+)\.(?:json|safetensors)$|mp_rank_")
 
 
 @dataclass(kw_only=True)
@@ -106,6 +108,8 @@ def save_checkpoint(
     fault_point("checkpoint.begin", rank=engine.rank, step=state.step)
     engine.save_files(checkpoints, partial.name)
     write_json(partial / f"partition-{engine.rank:05d}.json", partition_map(engine))
+    if engine.averages.decays and engine.averages_of == engine.rank:
+        save_tensors(partial / averages_name(engine.rank), engine.averages.tensors())
     barrier()
     mine = [path for path in sorted(partial.iterdir()) if writer_of(path.name, world=engine.world) == engine.rank]
     fault_point("checkpoint.files", rank=engine.rank, step=state.step)
@@ -163,22 +167,12 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
     A directory that fails is renamed to step-N.bad-K and named through `say`. Raises EnvironmentFault when there were
     checkpoints and none is usable: a damaged run is never silently started afresh.
     """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
     paths, rejected_before = from_rank_zero((candidates(checkpoints), has_rejected(checkpoints)) if rank == 0 else None)
     for path in paths:
-        complaint, record = from_rank_zero(_read_record(path) if rank == 0 else None)
-        if complaint is None:
-            verdicts = from_all_ranks([check_file(path, entry) for entry in record["files"][rank::world]])
-            complaint = next((verdict for verdicts_of_rank in verdicts for verdict in verdicts_of_rank if verdict), None)
-        if complaint is None:
-            return Saved(
-                directory=path,
-                state=TrainState(**record["state"]),
-                world=record["world"],
-                zero_stage=record["zero_stage"],
-                data=record["data"],
-                record=record,
-            )
+        complaint, saved = checked(path)
+        if saved is not None:
+            return saved
         if rank == 0:
             aside = _put_aside(path)
             say(f"checkpoint {path.name} is not usable: {complaint}; kept as {aside.name}")
@@ -189,6 +183,25 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
             "restore one from a copy, or start again with another --run directory"
         )
     return None
+
+
+def checked(path: Path) -> tuple[str | None, Saved | None]:
+    """(what is wrong with a step directory, or None; the checkpoint, or None). Collective: every file is hashed by one rank."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    complaint, record = from_rank_zero(read_record(path) if rank == 0 else None)
+    if complaint is None:
+        verdicts = from_all_ranks([check_file(path, entry) for entry in record["files"][rank::world]])
+        complaint = next((verdict for verdicts_of_rank in verdicts for verdict in verdicts_of_rank if verdict), None)
+    if complaint is not None:
+        return complaint, None
+    return None, Saved(
+        directory=path,
+        state=TrainState(**record["state"]),
+        world=record["world"],
+        zero_stage=record["zero_stage"],
+        data=record["data"],
+        record=record,
+    )
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
@@ -207,7 +220,7 @@ def newest_valid(checkpoints: Path) -> tuple[Path, dict[str, Any]]:
 
 def verify(path: Path) -> tuple[str | None, dict[str, Any]]:
     """(complaint or None, record) of one step directory, every file hashed. One process."""
-    complaint, record = _read_record(path)
+    complaint, record = read_record(path)
     if complaint is None:
         complaint = next((found for entry in record["files"] if (found := check_file(path, entry))), None)
     return complaint, record
@@ -230,7 +243,7 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "record_sha256": sha256_bytes(canonical_json(record))}
 
 
-def _read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
+def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
     """(complaint, record) of vitscale.json and of the names in the directory; what is in the files is not looked at."""
     if not (path / RECORD).is_file():
         return f"{RECORD} is missing", {}
@@ -261,12 +274,17 @@ def _put_aside(path: Path) -> Path:
 def load_checkpoint(engine: Engine, saved: Saved) -> TrainState:
     """Load a verified checkpoint into the engine and return where the run stands. Collective.
 
-    Raises UsageError when it was written by another number of ranks or at another ZeRO stage.
+    Raises UsageError when it was written by another number of ranks, at another ZeRO stage or with other averages.
     """
     if (saved.world, saved.zero_stage) != (engine.world, engine.ds.stage):
         raise UsageError(
             f"{saved.directory.name} was written by {saved.world} ranks at ZeRO stage {saved.zero_stage}, "
             f"this start has {engine.world} ranks at stage {engine.ds.stage}; start it as it was written"
         )
+    averages = saved.directory / averages_name(engine.averages_of)
+    try:
+        engine.averages.load(load_tensors(averages) if averages.is_file() else {})
+    except ValueError as error:
+        raise UsageError(f"{saved.directory.name} does not continue with this train.ema: {error}") from None
     engine.load_files(saved.directory.parent, saved.directory.name)
     return saved.state

@@ -8,11 +8,14 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 """
 
 import datetime
+import inspect
 import logging
 import os
 import platform
+import resource
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import EnvironmentFault
+from vitscale.base.errors import DivergedError, EnvironmentFault
 from vitscale.base.files import xxh3_64
 from vitscale.ds_config import DsConfig
+from vitscale.training.clock import StepClock
+from vitscale.training.ema import Averages
+from vitscale.training.optim import PartitionOptimizer
+from vitscale.training.pieces import partitions_of, publish_masters
 
 # DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
 if not torch.cuda.is_available():
@@ -32,7 +39,11 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.ERROR)
@@ -120,10 +131,32 @@ def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Ten
     return checkpointing.checkpoint
 
 
+def _speak(level: int) -> None:
+    """Let DeepSpeed's logger say everything from this level on; its handler has a level of its own."""
+    for place in (deepspeed_logger, *deepspeed_logger.handlers):
+        place.setLevel(level)
+
+
+def _forget_stage_3() -> None:
+    """Empty what DeepSpeed keeps in modules and caches, and with it every stage-3 engine of this process for ever."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    wrapped = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
+
+
 class Engine:
     """One training engine over all ranks. Every method but `set_lr` and `seed_micro_batch` is collective."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, ds: DsConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ds: DsConfig,
+        device: torch.device,
+        ema: Sequence[float] = (),
+    ) -> None:
+        """`ema`: decays of the moving averages to keep (training/ema.py)."""
         self.ds = ds
         self.device = device
         self.world = torch.distributed.get_world_size()
@@ -131,15 +164,35 @@ class Engine:
         self.accumulation_steps = ds.accumulation
         self.last_step_skipped = False
         self._grad_norm: Any = None
+        self._stop_timing: Callable[[], None] = lambda: None
         self.clip = ds.record["gradient_clipping"]
+        if ds.engine["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+            raise EnvironmentFault(
+                f"train.precision=fp16 needs a device that computes in it, which {device.type} here does not by DeepSpeed's "
+                "test; set train.precision to bf16 or fp32"
+            )
+        # Of an earlier engine in this process: DeepSpeed keeps it in a module and would give this one its gradient scaler.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+        if ds.engine.get("dump_state"):
+            _speak(logging.INFO)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=None, config=ds.engine, dist_init_required=False
         )
+        if ds.engine.get("log_level") is None:
+            _speak(logging.INFO if ds.is_talkative else logging.ERROR)
         # DeepSpeed makes groups of its own without a timeout; a slow save must not be taken for a dead rank.
         for group in {self._engine.seq_data_parallel_group, self._engine.data_parallel_group}:
             torch.distributed.distributed_c10d._set_pg_timeout(PROCESS_GROUP_TIMEOUT, group)
         # Activations take the type of the first weights; under autocast torch casts by itself.
-        self.input_dtype = torch.bfloat16 if self._engine.bfloat16_enabled() else torch.float32
+        self.input_dtype = torch.float32
+        if self._engine.bfloat16_enabled():
+            self.input_dtype = torch.bfloat16
+        elif self._engine.fp16_enabled():
+            self.input_dtype = torch.float16
+        self.partitions = partitions_of(self.module, self.zero_optimizer, stage=ds.stage, rank=self.rank, world=self.world)
+        if isinstance(optimizer, PartitionOptimizer):
+            optimizer.attach(self.partitions)
+        self.averages = Averages(self.partitions, ema)
 
     @property
     def module(self) -> nn.Module:
@@ -148,7 +201,7 @@ class Engine:
 
     @property
     def zero_optimizer(self) -> Any:
-        """DeepSpeed's optimizer wrapper; only training/partitions.py reads its internals."""
+        """DeepSpeed's optimizer wrapper; only training/pieces.py reads its internals."""
         return self._engine.optimizer
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
@@ -170,20 +223,33 @@ class Engine:
         """Seed torch's generators for one forward pass from where it stands in the run, so that none is ever stored."""
         torch.manual_seed(xxh3_64(f"{seed} {step} {self.rank} {micro_batch}".encode()))
 
-    def backward_and_maybe_step(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; at the accumulation boundary reduce, clip and update.
+    def backward_and_maybe_step(self, loss: Tensor, passed: Callable[[str], None] = lambda part: None) -> None:
+        """Backward of one micro-batch; at the accumulation boundary reduce, clip and update. `passed` is told of each part.
 
         A step with a non-finite gradient on any rank is skipped on all ranks: parameters and optimizer counters keep
-        their values, `last_step_skipped` becomes true.
+        their values, `last_step_skipped` becomes true. Under fp16 an overflow is such a step, and lowers the loss scale;
+        raises DivergedError when it cannot be lowered any more.
         """
         self._engine.backward(loss)
+        passed("backward")
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         if is_boundary and self.ds.stage == 0:
             self._clip_or_skip_at_stage_0()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # DeepSpeed has no type for it
+                raise
+            raise DivergedError(
+                "gradients overflow fp16 at the smallest loss scale (fp16.min_loss_scale); lower optim.peak_lr or set "
+                "train.precision to bf16"
+            ) from None
         if is_boundary and self.ds.stage > 0:
             self.last_step_skipped = not self._engine.was_step_applied()
             self._grad_norm = self._engine.get_global_grad_norm()
+        if is_boundary and not self.last_step_skipped:
+            self.averages.update()
+        passed("optimizer")
 
     def _clip_or_skip_at_stage_0(self) -> None:
         """DeepSpeed does not look at gradients at stage 0. They are reduced already, so all ranks see the same norm."""
@@ -198,9 +264,45 @@ class Engine:
         elif self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
 
+    def time_collectives(self, clock: StepClock) -> None:
+        """Let the clock time what DeepSpeed sends from now on, until `close`."""
+        self._stop_timing()
+        self._stop_timing = clock.watch_collectives(deepspeed.comm.comm.cdb)
+
+    def memory_bytes(self) -> int:
+        """Most memory of the device that tensors have taken so far; on a CPU, that this process has taken."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping. Waits for the device."""
         return float(self._grad_norm)
+
+    @property
+    def averages_of(self) -> int:
+        """The rank that writes the averages this rank keeps: at stage 0, where all keep the same, rank 0."""
+        return self.rank if self.ds.stage > 0 else 0
+
+    @contextmanager
+    def averaged(self, decay: float) -> Iterator[None]:
+        """The model with the averages of this decay as its weights, for evaluating; exactly restored. Collective.
+
+        Masters and averages change places in the partitions, so nothing is gathered but what the forward pass gathers.
+        """
+        self._swap(decay)
+        try:
+            yield
+        finally:
+            self._swap(decay)
+
+    def _swap(self, decay: float) -> None:
+        self.averages.swap(decay)
+        publish_masters(self.zero_optimizer, stage=self.ds.stage)
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sum of each number over the ranks, in float64."""
@@ -227,5 +329,15 @@ class Engine:
             raise EnvironmentFault(f"DeepSpeed found no checkpoint of rank {self.rank} in {directory / tag}")
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers, so that another engine can be made in this process."""
+        """Print what the communication logger has counted, and let go of all that DeepSpeed holds. Collective.
+
+        Another engine can be made in this process afterwards; this one has no model any more.
+        """
+        if self.ds.engine.get("comms_logger", {}).get("enabled"):
+            deepspeed.comm.log_summary()
+            deepspeed.comm.configure(enabled=False)
+        _speak(logging.ERROR)
+        self._stop_timing()
         self._engine.destroy()
+        del self._engine
+        _forget_stage_3()

@@ -19,17 +19,32 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from vitscale.base.files import write_bytes, write_json
-from vitscale.base.progress import in_words
+from vitscale.base.progress import bytes_in_words, in_words
 
 CONSOLE_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 5.0
+GROUP_OF = {
+    **dict.fromkeys(("images_per_s", "mfu", "hfu", "memory_bytes", "image_size"), "speed"),
+    **dict.fromkeys(("step_s", "data_wait_s", "forward_s", "backward_s", "optimizer_s", "communication_s"), "time"),
+    **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
+}
+"""Group of a number in TensorBoard; all others are of the group train."""
 
 
 class Metrics:
     """All writers of a run; made on rank 0 only."""
 
-    def __init__(self, run: Path, *, total_steps: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        total_steps: int,
+        work_until: Callable[[int], float] = float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`work_until` says how much of the work the first steps are, in any unit: steps may cost unequally much."""
         self.run = run
+        self.work_until = work_until
         self.path = run / "metrics.jsonl"
         self.events_path = run / "events.jsonl"
         self.total_steps = total_steps
@@ -37,6 +52,7 @@ class Metrics:
         self._said_at_s = -math.inf
         self._status_at_s = -math.inf
         self._top1: float | None = None
+        self._saved_step: int | None = None
         self._has_spoken_of_events = False
 
     def open(self, restored_step: int) -> None:
@@ -54,7 +70,7 @@ class Metrics:
         self._write(line)
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("step", "at_unix_s"):
-                self._board.add_scalar(f"train/{name}", value, line["step"])
+                self._board.add_scalar(f"{GROUP_OF.get(name, 'train')}/{name}", value, line["step"])
         now_s, is_last = self.clock(), line["step"] == self.total_steps
         if is_last or now_s - self._said_at_s >= CONSOLE_INTERVAL_S:
             self._said_at_s = now_s
@@ -63,14 +79,18 @@ class Metrics:
             self._status_at_s = now_s
             write_json(self.run / "status.json", {"phase": "training", "total_steps": self.total_steps, **_finite(line)})
 
-    def log_eval(self, step: int, scores: dict[str, float]) -> None:
-        """An evaluation after `step` steps."""
-        self._write({"step": step, "eval": scores})
-        for name, value in scores.items():
-            self._board.add_scalar(f"eval/{name}", value, step)
-        self._top1 = scores["top1"]
+    def log_eval(self, step: int, scores: dict[str, Any]) -> None:
+        """An evaluation after `step` steps; under "ema" those of the moving averages, by decay."""
+        ema = scores.get("ema", {})
+        own = {name: value for name, value in scores.items() if name != "ema"}
+        self._write({"step": step, "eval": own, **({"ema": ema} if ema else {})})
+        for tag, values in [("eval", own), *((f"eval_ema_{decay}", of_average) for decay, of_average in ema.items())]:
+            for name, value in values.items():
+                self._board.add_scalar(f"{tag}/{name}", value, step)
+        self._top1 = own["top1"]
+        averages = "".join(f", ema {decay} {of_average['top1']:.2%}" for decay, of_average in ema.items())
         self.say(
-            f"evaluated after step {step}: top-1 {scores['top1']:.2%}, loss {scores['loss']:.4f}, {scores['images']} images"
+            f"evaluated after step {step}: top-1 {own['top1']:.2%}{averages}, loss {own['loss']:.4f}, {own['images']} images"
         )
 
     def log_attention(self, step: int, picture_HWC: np.ndarray, scalars: dict[str, float]) -> None:
@@ -78,6 +98,28 @@ class Metrics:
         self._board.add_image("attention/image, last layer, rollout", picture_HWC, step, dataformats="HWC")
         for name, value in scalars.items():
             self._board.add_scalar(f"attention_{name}", value, step)
+
+    def log_histograms(self, step: int, counts: dict[str, np.ndarray], edges: np.ndarray, scalars: dict[str, float]) -> None:
+        """Histograms over `edges` (one more than counts), and numbers, to TensorBoard alone."""
+        middles = (edges[:-1] + edges[1:]) / 2
+        for name, numbers in counts.items():
+            self._board.add_histogram_raw(
+                name,
+                min=float(edges[0]),
+                max=float(edges[-1]),
+                num=int(numbers.sum()),
+                sum=float((numbers * middles).sum()),
+                sum_squares=float((numbers * middles**2).sum()),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=numbers.tolist(),
+                global_step=step,
+            )
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def log_saved(self, step: int) -> None:
+        """A checkpoint was committed."""
+        self._saved_step = step
 
     def log_events(self, events: list[dict[str, Any]]) -> None:
         """Events in their order, each with its "step" and "event"; on the disk when this returns."""
@@ -112,8 +154,8 @@ class Metrics:
         self._file.write(json.dumps(_finite(line)) + "\n")
 
     def _sentence(self, line: dict[str, Any], now_s: float) -> str:
-        done = line["step"] - self._started_step
-        rest_s = (self.total_steps - line["step"]) * (now_s - self._started_at_s) / max(1, done)
+        now, start, end = (self.work_until(step) for step in (line["step"], self._started_step, self.total_steps))
+        rest_s = (end - now) * (now_s - self._started_at_s) / (now - start) if now > start else 0.0
         wait = line["data_wait_s"] / line["step_s"] if line["step_s"] else 0.0
         parts = [
             f"step {line['step']}/{self.total_steps}",
@@ -123,10 +165,12 @@ class Metrics:
             f"{line['images_per_s']:.0f} img/s",
             *([f"mfu {line['mfu']:.1%}"] if line["mfu"] is not None else []),
             f"data {wait:.1%}",
+            f"mem {bytes_in_words(line['memory_bytes'])}",
             *([f"skipped {line['skipped']}"] if line["skipped"] else []),
             *([f"bad images {line['bad_images']}"] if line["bad_images"] else []),
             *([f"top-1 {self._top1:.2%}"] if self._top1 is not None else []),
             f"ETA {in_words(rest_s)}",
+            *([f"saved {self._saved_step}"] if self._saved_step is not None else []),
         ]
         return "  ".join(parts)
 

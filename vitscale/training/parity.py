@@ -22,8 +22,9 @@ from torch import Tensor
 
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import xxh3_64
-from vitscale.config import Config, ModelConfig
+from vitscale.config import Config
 from vitscale.ds_config import DsConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.training.engine import Engine, from_all_ranks
 from vitscale.training.optim import make_optimizer
@@ -155,6 +156,7 @@ def check_gradients(
         engine.seed_micro_batch(config.train.seed, 0, k)
 
     probe = Probe(engine)
+    start = dict(probe.masters())  # where parameters are bf16, DeepSpeed's masters begin as those, rounded
     _one_step(engine, loss_in(engine.input_dtype), seed)
     probe.close()
     reference = _over_ranks(mean_gradients(plain, loss_in(torch.float32), micro_batches=ds.accumulation, seed_micro_batch=seed))
@@ -177,12 +179,11 @@ def check_gradients(
         name="all parameters", deviation=math.sqrt(squares) / norm, allowed=floor + MARGIN * math.sqrt(own_squares) / norm
     )
     del own, reference
-    with torch.no_grad():  # DeepSpeed makes its masters from the weights it has already rounded
-        for parameter in plain.parameters():
-            parameter.copy_(parameter.to(engine.input_dtype))
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(start[name])
     optimizer.step()
-    updates = _compare_updates(probe.masters(), before, {name: p.detach() for name, p in parameters.items()})
+    updates = _compare_updates(probe.masters(), start, {name: p.detach() for name, p in parameters.items()})
     stale = probe.stale_weights()
     engine.close()
     whole, *rest = _worst_of_ranks([whole, *given_rows, *updates])
@@ -240,7 +241,7 @@ def _yardstick(
         with torch.no_grad():
             for parameter in coarse.parameters():
                 sign = torch.randint(0, 2, parameter.shape, generator=generator).to(device) * 2 - 1
-                parameter *= 1 + sign * 2.0**-23
+                parameter.mul_(1 + sign * 2.0**-23)
     elif ds.stage <= 1:
         autocast = True
     else:
@@ -316,7 +317,7 @@ def awaken(model: VisionTransformer, *, seed: int) -> None:
         elif name.endswith(".gamma"):
             parameter.copy_(1 + 0.1 * noise)
         else:
-            parameter += 0.02 * noise
+            parameter.add_(0.02 * noise)
 
 
 def synthetic_batch(config: Config, images: int, *, rank: int, number: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
-"""Where ZeRO keeps what: the adapter to DeepSpeed's internals (checked against its version by a test).
+"""Where ZeRO keeps what, as checkpoints record it, and whole parameters put together again from the files.
 
-ZeRO flattens the parameters of a group into one vector and gives every rank a slice of it. The *partition map* of a
-rank lists, for each piece it holds: the parameter, where the piece starts in the flattened parameter, and where it lies
-in the rank's flat partitions. With the maps of all ranks a full parameter can be put together from the files, whatever
-the stage and the world size, without asking DeepSpeed.
+The *partition map* of a rank lists, for each piece it holds (training/pieces.py): the parameter, where the piece starts in
+the flattened parameter, and where it lies in the rank's flat partitions. With the maps of all ranks a full parameter, or
+its moving average, can be put together from the files, whatever the stage and the world size, without asking DeepSpeed.
 
-stage   flat partitions in the engine            in the rank's optimizer file
-0       none: parameters are whole               model file of rank 0, by name
-1, 2    single_partition_of_fp32_groups[group]   single_partition_of_fp32_groups
-3       fp32_partitioned_groups_flat[group]      fp32_flat_groups
+stage   in the rank's optimizer file             in the rank's ema file
+0       model file of rank 0, by name            by name, of rank 0
+1, 2    single_partition_of_fp32_groups          by group
+3       fp32_flat_groups                         by sub-group
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +20,33 @@ from torch import Tensor
 
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import read_json
+from vitscale.training.ema import tensor_name
 from vitscale.training.engine import Engine
+from vitscale.weights.tensors import load_tensors
 
 SCHEMA_VERSION = 1
 
 
 def partition_map(engine: Engine) -> dict[str, Any]:
     """The partition map of this rank as plain JSON values."""
-    pieces = []
-    for name, parameter in engine.module.named_parameters():
-        piece = _piece(engine, parameter)
-        if piece is not None:
-            shape = list(getattr(parameter, "ds_shape", parameter.shape))
-            pieces.append({"name": name, "shape": shape, **piece})
+    # At stage 0 all ranks hold the same, and rank 0 writes it.
+    held = engine.partitions if engine.ds.stage > 0 or engine.rank == 0 else []
     return {
         "schema_version": SCHEMA_VERSION,
         "rank": engine.rank,
         "world": engine.world,
         "zero_stage": engine.ds.stage,
-        "pieces": pieces,
+        "pieces": [
+            {**asdict(piece), "group": int(partition.key) if engine.ds.stage > 0 else 0}
+            for partition in held
+            for piece in partition.pieces
+        ],
     }
 
 
-def _piece(engine: Engine, parameter: Tensor) -> dict[str, int] | None:
-    """{start, numel, group, offset} of the part of a parameter that this rank holds, or None."""
-    stage = engine.ds.stage
-    if stage == 0:
-        if engine.rank > 0:
-            return None
-        return {"start": 0, "numel": parameter.numel(), "group": 0, "offset": 0}
-    if stage in (1, 2):
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
-            return None
-        held, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return {"start": held.start, "numel": held.numel, "group": mapping.param_group_index, "offset": flat.start}
-    zero: Any = engine.zero_optimizer
-    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-    start = padded * engine.rank  # every rank holds an equal, padded share
-    numel = max(0, min(padded, parameter.ds_numel - start))  # type: ignore[attr-defined]
-    return {"start": start, "numel": numel, "group": group, "offset": offset} if numel else None
-
-
-def consolidate(directory: Path) -> dict[str, Tensor]:
-    """Whole float32 parameters, by name, from a committed step directory whose hashes were verified.
+def consolidate(directory: Path, *, ema: float | None = None) -> dict[str, Tensor]:
+    """Whole float32 parameters, by name, from a committed step directory whose hashes were verified; or, with `ema`,
+    their moving averages of that decay.
 
     This is the one place that unpickles checkpoint files outside DeepSpeed's own loader. Raises EnvironmentFault when
     the maps do not cover every parameter exactly once.
@@ -74,7 +57,7 @@ def consolidate(directory: Path) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     filled: dict[str, int] = {}
     for record in maps:
-        flats = _flat_partitions(directory, record)
+        flats = _flat_partitions(directory, record) if ema is None else _flat_averages(directory, record, ema)
         for piece in record["pieces"]:
             name, shape = piece["name"], piece["shape"]
             target = whole.setdefault(name, torch.full((math.prod(shape),), math.nan))
@@ -99,6 +82,24 @@ def _flat_partitions(directory: Path, record: dict[str, Any]) -> Any:
         raise EnvironmentFault(f"{directory}: expected one file {pattern}, found {len(files)}")
     state = _load(files[0])["optimizer_state_dict"]
     return state["fp32_flat_groups" if record["zero_stage"] == 3 else "single_partition_of_fp32_groups"]
+
+
+def _flat_averages(directory: Path, record: dict[str, Any], ema: float) -> Any:
+    """The same places in the averages of one decay."""
+    if not record["pieces"]:
+        return {}
+    path = directory / averages_name(record["rank"])
+    tensors = load_tensors(path) if path.is_file() else {}
+    keys = {piece["name"] if record["zero_stage"] == 0 else piece["group"] for piece in record["pieces"]}
+    missing = [key for key in keys if tensor_name(ema, str(key)) not in tensors]
+    if missing:
+        raise EnvironmentFault(f"{directory} holds no moving average with the decay {ema}")
+    return {key: tensors[tensor_name(ema, str(key))] for key in keys}
+
+
+def averages_name(rank: int) -> str:
+    """The file of a step directory with the moving averages of one rank's partitions."""
+    return f"ema-{rank:05d}.safetensors"
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ stage   partitions                                        key            a rank 
 3       fp32_partitioned_groups_flat[sub-group]           sub-group      an equal, padded share of every parameter
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,41 +38,45 @@ class Partition:
     """The parameter's name at stage 0, else the number of the group or sub-group."""
     master: Tensor
     pieces: tuple[Piece, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of all parameters the group was made of, also of those this rank holds nothing of; equal on all ranks."""
+    is_sharded: bool = False
+    """Whether other ranks hold other parts of the same group."""
 
 
-def partitions_of(model: nn.Module, zero: Any, *, stage: int, rank: int) -> list[Partition]:
+def partitions_of(model: nn.Module, zero: Any, *, stage: int, rank: int, world: int) -> list[Partition]:
     """The partitions of this rank after deepspeed.initialize; `zero` is DeepSpeed's wrapper of the optimizer (stage > 0)."""
     if stage == 0:
         return [whole(name, parameter) for name, parameter in model.named_parameters()]
     masters = zero.single_partition_of_fp32_groups if stage < 3 else zero.fp32_partitioned_groups_flat
-    pieces: list[list[Piece]] = [[] for _ in masters]
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage < 3:
-            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue
-            group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
-            start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            shape = tuple(parameter.shape)
-        else:
-            group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-            start = padded * rank  # every rank holds an equal, padded share
-            numel = max(0, min(padded, parameter.ds_numel - start))  # type: ignore[attr-defined]
-            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
-        if numel:
-            pieces[group].append(Piece(name=name, shape=shape, start=start, numel=numel, offset=offset))
-    return [
-        Partition(key=str(group), master=master, pieces=tuple(sorted(held, key=lambda piece: piece.offset)))
-        for group, (master, held) in enumerate(zip(masters, pieces, strict=True))
-    ]
+    groups = zero.bit16_groups if stage < 3 else zero.fp16_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    partitions = []
+    for number, (master, group) in enumerate(zip(masters, groups, strict=True)):
+        shapes = {names[id(parameter)]: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in group}
+        pieces = []
+        for parameter in group:
+            if stage < 3:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                offset = mapping.hp_fragment_address.start
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            else:
+                _, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+                start = padded * rank  # every rank holds an equal, padded share
+                numel = max(0, min(padded, parameter.ds_numel - start))
+            if numel:
+                name = names[id(parameter)]
+                pieces.append(Piece(name=name, shape=shapes[name], start=start, numel=numel, offset=offset))
+        partitions.append(Partition(key=str(number), master=master, pieces=tuple(pieces), shapes=shapes, is_sharded=world > 1))
+    return partitions
 
 
 def whole(name: str, parameter: Tensor) -> Partition:
     """A parameter that is its own partition."""
     piece = Piece(name=name, shape=tuple(parameter.shape), start=0, numel=parameter.numel(), offset=0)
-    return Partition(key=name, master=parameter, pieces=(piece,))
+    return Partition(key=name, master=parameter, pieces=(piece,), shapes={name: piece.shape})
 
 
 def publish_masters(zero: Any, *, stage: int) -> None:

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from vitscale.training.engine import Engine
-from vitscale.training.pieces import Partition, partitions_of
+from vitscale.training.pieces import Partition
 
 
 class Probe:
@@ -20,7 +20,7 @@ class Probe:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.partitions = partitions_of(engine.module, engine.zero_optimizer, stage=engine.ds.stage, rank=engine.rank)
+        self.partitions = engine.partitions
         self._given: dict[int, Tensor] = {}
         wrapper: Any = engine.zero_optimizer
         # DeepSpeed wraps our optimizer, but for stage 0 in float32. Of a split offload some partitions are stepped by a second.
@@ -56,14 +56,14 @@ class Probe:
                 flat[start : start + values.numel()] = values.to(flat.device, torch.float32)
             if self.engine.ds.stage > 0:
                 torch.distributed.all_reduce(flat)
-            yield name, flat.view(shape)
+            yield name, flat.view(shape)  # of its own memory, which no later step changes
 
     def stale_weights(self) -> dict[str, int]:
         """How many numbers of each parameter that this rank computes with are not its masters, rounded; none: no entry."""
         if self.engine.ds.stage == 0:
             return {}  # masters and weights are one
         stale = {}
-        masters = dict(self.engine.module.named_parameters())
+        masters: dict[str, Any] = dict(self.engine.module.named_parameters())
         if self.engine.ds.stage < 3:
             for name, master in self.masters():
                 weight = masters[name].detach()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 
 Forward = Callable[[Tensor], Tensor]

@@ -1,7 +1,9 @@
 """The loop and nothing else. What a step means lives in the engine, the objective and the stream."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +12,10 @@ from torch import Tensor
 
 from vitscale.base.faults import fault_point
 from vitscale.evaluation.classification import Scores
+from vitscale.planning.resolution import Phase, phase_at
 from vitscale.training.bad_images import SETTLE_EVERY_STEPS, BadImages
 from vitscale.training.checkpoint import TrainState
+from vitscale.training.clock import StepClock
 from vitscale.training.engine import Engine
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
@@ -24,7 +28,7 @@ class MicroBatch(Protocol):
     def images_BHWC(self) -> Tensor: ...
 
     @property
-    def labels_B(self) -> Tensor: ...
+    def labels_BM(self) -> Tensor: ...
 
     @property
     def samples_hash(self) -> int: ...
@@ -33,6 +37,14 @@ class MicroBatch(Protocol):
     def bad_images(self) -> Sequence[Any]:
         """Dataclasses that say which images were bad and what stands in for them."""
         ...
+
+
+class UpdateWatcher(Protocol):
+    """Looks at how far a step moves the parameters."""
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +60,18 @@ class Plan:
     """Share of the images seen that may be bad; see bad_images.py."""
     seed: int
     """Of what is drawn on the device."""
-    flops_per_image: float
-    """Model FLOPs of forward and backward, without recomputation."""
-    recomputed_flops_per_image: float
-    """What the backward pass computes again."""
+    phases: tuple[Phase, ...]
+    """Image sizes, from which step on, and what an image costs."""
     peak_flops: float | None
     """Of one device; None where unknown."""
     attention_every_steps: int = 0
     """Matters only where `train` is given `watch_attention`."""
+    histograms_every_steps: int = 0
+    """Matters only where `train` is given `watch_updates`."""
+
+
+GARBAGE_EVERY_STEPS = 150
+"""Python's collector stops a rank for tens of milliseconds whenever it likes, and all others wait: here all do it at once."""
 
 
 def train(
@@ -70,44 +86,64 @@ def train(
     save: Callable[[TrainState], None],
     metrics: Metrics | None,
     watch_attention: Callable[[int], None] | None = None,
+    watch_updates: UpdateWatcher | None = None,
 ) -> None:
     """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
-    while state.step < plan.total_steps:
-        meter = _Meter(engine)
-        lr = lr_at_step(state.step)
-        engine.set_lr(lr)
-        for micro_batch in range(engine.accumulation_steps):
-            batch = meter.next_of(stream)
-            engine.seed_micro_batch(plan.seed, state.step, micro_batch)
-            loss = objective(engine, batch.images_BHWC, batch.labels_B)
-            meter.add(loss, batch)
-            bad_images.add(state.step + 1, batch.bad_images)
-            engine.backward_and_maybe_step(loss)
-        state.step += 1
-        state.position += plan.global_batch
-        state.images_seen += plan.global_batch
-        state.skipped += engine.last_step_skipped
-        fault_point("step.end", rank=engine.rank, step=state.step)
-        is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
-        if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
-            bad_images.settle(state, metrics)
-        if is_logged:
-            line = meter.line(state, plan, lr)
-            if metrics is not None:
-                metrics.log_step(line)
-        bad_images.check(state)
-        if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
-            scores = evaluate()
-            engine.train()
-            if metrics is not None:
-                metrics.log_eval(state.step, scores.as_record())
-        if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
-            watch_attention(state.step)
-            engine.train()
-        if is_saved:
-            save(state)
+    meter = _Meter(engine)
+    with _no_garbage_collection():
+        while state.step < plan.total_steps:
+            meter.start()
+            lr = lr_at_step(state.step)
+            engine.set_lr(lr)
+            is_watched = watch_updates is not None and due(state.step + 1, plan.histograms_every_steps, plan.total_steps)
+            if watch_updates is not None and is_watched:
+                watch_updates.before_step()
+            for micro_batch in range(engine.accumulation_steps):
+                batch = meter.next_of(stream)
+                engine.seed_micro_batch(plan.seed, state.step, micro_batch)
+                slot = first_slot(plan.global_batch, engine, micro_batch)
+                loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
+                meter.add(loss.reported, batch)
+                bad_images.add(state.step + 1, batch.bad_images)
+                engine.backward_and_maybe_step(loss.trained, meter.clock.passed)
+            state.step += 1
+            state.position += plan.global_batch
+            state.images_seen += plan.global_batch
+            state.skipped += engine.last_step_skipped
+            fault_point("step.end", rank=engine.rank, step=state.step)
+            is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
+            if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
+                bad_images.settle(state, metrics)
+            if is_logged:
+                line = meter.line(state, plan, lr)
+                if metrics is not None:
+                    metrics.log_step(line)
+            if watch_updates is not None and is_watched:
+                watch_updates.after_step(state.step)
+            bad_images.check(state)
+            if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
+                scores = evaluate()
+                engine.train()
+                if metrics is not None:
+                    metrics.log_eval(state.step, scores.as_record())
+            if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
+                watch_attention(state.step)
+                engine.train()
+            if is_saved:
+                save(state)
+            if state.step % GARBAGE_EVERY_STEPS == 0:
+                gc.collect()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def due(step: int, every_steps: int, total_steps: int) -> bool:
@@ -115,34 +151,50 @@ def due(step: int, every_steps: int, total_steps: int) -> bool:
     return step == total_steps or (every_steps > 0 and step % every_steps == 0)
 
 
+def first_slot(global_batch: int, engine: Engine, micro_batch: int) -> int:
+    """Slot of the first image of a micro-batch of this rank: its micro-batches are consecutive slots (design.md 5.3)."""
+    share = global_batch // engine.world
+    return engine.rank * share + micro_batch * (share // engine.accumulation_steps)
+
+
 class _Meter:
     """What one step took and gave, on this rank; summed over the ranks when the step is logged."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.clock = StepClock(engine.device)
+        engine.time_collectives(self.clock)
+
+    def start(self) -> None:
         self.started_s = time.perf_counter()
         self.data_wait_s = 0.0
         self.samples_hash = 0
         self.losses: list[Tensor] = []
+        self.clock.restart()
 
     def next_of(self, stream: Iterator[MicroBatch]) -> MicroBatch:
         before_s = time.perf_counter()
         batch = next(stream)
         self.data_wait_s += time.perf_counter() - before_s
+        self.clock.passed("data")
         return batch
 
     def add(self, loss: Tensor, batch: MicroBatch) -> None:
         self.losses.append(loss.detach())  # stays on the device: reading it here would wait for the forward pass
         self.samples_hash += batch.samples_hash
+        self.clock.passed("forward")
 
     def line(self, state: TrainState, plan: Plan, lr: float) -> dict[str, float | int | str | None]:
         """One line of metrics.jsonl. Collective, and waits for the device."""
         engine = self.engine
         mean_loss = torch.stack(self.losses).double().mean().item()
-        loss_sum, wait_sum = engine.sum_over_ranks([mean_loss, self.data_wait_s])
         step_s = time.perf_counter() - self.started_s
+        parts = [self.clock.seconds(part) for part in PARTS]
+        loss_sum, wait_sum, *part_sums = engine.sum_over_ranks([mean_loss, self.data_wait_s, *parts])
         images_per_s = plan.global_batch / step_s
         peak = plan.peak_flops * engine.world if plan.peak_flops else None
+        phase = phase_at(plan.phases, state.step - 1)
+        flops, again = phase.flops_per_image, phase.recomputed_flops_per_image
         return {
             "step": state.step,
             "images_seen": state.images_seen,
@@ -150,12 +202,19 @@ class _Meter:
             "lr": lr,
             "grad_norm": engine.grad_norm(),
             "images_per_s": images_per_s,
-            "mfu": images_per_s * plan.flops_per_image / peak if peak else None,
-            "hfu": images_per_s * (plan.flops_per_image + plan.recomputed_flops_per_image) / peak if peak else None,
+            "image_size": phase.image_size,
+            "mfu": images_per_s * flops / peak if peak else None,
+            "hfu": images_per_s * (flops + again) / peak if peak else None,
             "data_wait_s": wait_sum / engine.world,
             "step_s": step_s,
+            **{f"{part}_s": part_sum / engine.world for part, part_sum in zip(PARTS, part_sums, strict=True)},
+            "memory_bytes": engine.memory_bytes(),
             "samples_hash": f"{engine.sum_modulo_2_64(self.samples_hash % (1 << 64)):016x}",
             "skipped": state.skipped,
             "bad_images": state.bad_images,
             "at_unix_s": time.time(),
         }
+
+
+PARTS = ("forward", "backward", "optimizer", "communication")
+"""Times of a step in metrics.jsonl: means over the ranks, of all micro-batches. Communication is a part of the other three."""

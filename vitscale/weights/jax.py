@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitscale.base.errors import UsageError
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.weights.mapping import Foreign, Row, checked, grid_of, learned_table, refuse_unless, taken
 from vitscale.weights.native import Weights
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vitscale.base.errors import UsageError
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.model.position import fixed_positions
 from vitscale.weights.native import Weights

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import fsync_path, publish, temporary_beside, xxh3_64
-from vitscale.config import ModelConfig, model_from_record
+from vitscale.config import model_from_record
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.model.position import resize_patch_kernel, resize_positions
 
@@ -40,8 +41,8 @@ class Weights:
     tensors: dict[str, Tensor]
     """By parameter name; exactly those of VisionTransformer(model)."""
     meta: dict[str, str] = field(default_factory=dict)
-    """"classes": JSON list of class names, label 0 first; "eval_crop": as in augment.eval_crop; "source" (the run),
-    "step": where the weights come from."""
+    """"classes": JSON list of class names, label 0 first; "eval_crop": as in augment.eval_crop; "objective" and
+    "masked_classes" (JSON list): as in train; "source" (the run), "step": where the weights come from."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -52,6 +53,11 @@ class Weights:
     def eval_crop(self) -> float:
         """Share of the image that evaluation sees (augment.eval_crop); all of it where nothing is known."""
         return float(self.meta.get("eval_crop", "1.0"))
+
+    @property
+    def masked_classes(self) -> tuple[int, ...]:
+        """Classes that took no part in training and are never predicted."""
+        return tuple(json.loads(self.meta.get("masked_classes", "[]")))
 
 
 def save_weights(path: Path, weights: Weights) -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from launch.attention import image_paths, main
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.config import ModelConfig
 from vitscale.insight import figures
 from vitscale.insight.figures import AttentionRow, draw_attention
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.weights.native import Weights, save_weights
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vitscale.config import ModelConfig
 from vitscale.insight import attention_maps as module_under_test
 from vitscale.insight.attention_maps import attention_maps
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 
 DTYPES = [(torch.float64, 1e-13), (torch.float32, 1e-6)]

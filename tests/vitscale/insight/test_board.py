@@ -54,5 +54,6 @@ def test_the_engine_shows_what_the_model_shows(stage, world):
     step, picture_HWC, scalars = first
     expected = scalars_of(look(fresh_model(), normalise_pixels(IMAGES, (0.5,) * 3, (0.5,) * 3, torch.float32)))
     assert step == 7 and scalars == pytest.approx(expected, rel=1e-5)
-    assert set(scalars) == {f"{what}/block_0{n}" for what in ("entropy_nats", "distance_pixels", "patch_norm") for n in (1, 2)}
+    kinds = ("entropy_nats", "distance_pixels", "largest_logit", "patch_norm")
+    assert set(scalars) == {f"{what}/block_0{n}" for what in kinds for n in (1, 2)}
     assert picture_HWC.shape == (3 * 112 + 2 * 4, 3 * 112 + 2 * 4, 3) and picture_HWC.dtype.name == "uint8"

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitscale.config import ModelConfig
 from vitscale.insight import attention_maps as maps_module
 from vitscale.insight.attention_maps import attention_maps
 from vitscale.insight.look import LayerTally, high_norm_tokens, look, patch_distances
 from vitscale.insight.parameters import patch_filters, position_similarity
 from vitscale.insight.rollout import attention_rollout, gradient_rollout
 from vitscale.model import attention as attention_module
+from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer, initialise
 
 KINDS = {
@@ -152,3 +152,19 @@ def test_positions_on_orthogonal_axes_and_filters_of_known_variance():
     filters, shares = patch_filters(model, 2)
     assert filters.shape == (2, 4, 4, 3) and filters[0, 1, 1, 0] == pytest.approx(1) and shares[0] == pytest.approx(1)
     assert position_similarity(model_of("map")) is None
+
+
+@pytest.mark.parametrize("kind", ["class", "map"])
+def test_the_largest_logit_is_what_enters_the_softmax(kind):
+    model = model_of(kind)
+    caught = []
+    with blocks_watched(model, lambda q, k, v, out: caught.append((q, k))):
+        model(IMAGES)
+    seen = look(model, IMAGES)
+    for (q, k), logit_BH in zip(caught, seen.logit_BH, strict=True):
+        eager_BHNN = torch.einsum("bhik,bhjk->bhij", q, k) / math.sqrt(q.shape[-1])
+        assert torch.allclose(logit_BH, eager_BHNN.abs().amax(dim=(2, 3)), atol=1e-5) and logit_BH.shape == (2, 3)
+
+
+def blocks_watched(model: VisionTransformer, watch):
+    return maps_module.watched({block.attn: watch for block in model.blocks})

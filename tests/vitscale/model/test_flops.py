@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import forward_flops, parameter_shapes, parameters, train_flops
 from vitscale.model.vit import VisionTransformer
 

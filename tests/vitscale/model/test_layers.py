@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitscale.config import ModelConfig
 from vitscale.model.attention import Attention
+from vitscale.model.config import ModelConfig
 from vitscale.model.layers import PatchEmbed, normalise_pixels
 from vitscale.model.position import resize_positions, sinusoidal_positions
 

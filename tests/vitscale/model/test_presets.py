@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vitscale.base.errors import UsageError
-from vitscale.config import ModelConfig, apply_overrides
+from vitscale.config import apply_overrides
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import forward_flops, parameters
 from vitscale.model.presets import SIZES, preset, preset_names
 from vitscale.model.vit import VisionTransformer

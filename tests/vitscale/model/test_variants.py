@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.vitscale.model.test_vit import config, images_of, scrambled, seed_probabilities
-from vitscale.config import ModelConfig, TrainConfig
+from vitscale.config import TrainConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.position import rotary_angles, sincos2d_bv, sincos2d_mae
 from vitscale.model.vit import VisionTransformer, initialise, kept_images
 

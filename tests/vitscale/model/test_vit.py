@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.model.vit import VisionTransformer, decays, initialise
 

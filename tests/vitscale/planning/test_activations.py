@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import forward_flops, recomputed_flops, train_flops
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.planning.activations import saved_bytes
@@ -51,6 +51,15 @@ def test_predicted_bytes_are_those_left_allocated(more, recompute):
     measured = left_allocated(model, torch.randn(BATCH, 3, 64, 64)) / BATCH
     # 5 %: a state of the generator per recomputed block (5 kB) is not counted.
     assert saved_bytes(c, recompute, element_bytes=4) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("more", [{}, {"norm": "post"}, {"parallel": True}, {"activation": "swiglu", "mlp_width": 512}])
+@pytest.mark.parametrize("recompute", [0, 1, 2, "selective"])
+def test_dropout_keeps_a_byte_per_element(more, recompute):
+    c = config(**more)
+    model = VisionTransformer(c, recompute=recompute, dropout=0.1).train()
+    measured = left_allocated(model, torch.randn(BATCH, 3, 64, 64)) / BATCH
+    assert saved_bytes(c, recompute, element_bytes=4, dropout=0.1) == pytest.approx(measured, rel=0.05)
 
 
 def test_policies_keep_what_their_names_say():

@@ -31,6 +31,8 @@ from vitscale.training.checkpoint import (
     verify,
     writer_of,
 )
+from vitscale.training.ema import Averages
+from vitscale.training.pieces import whole
 
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -279,6 +281,7 @@ def test_retention_never_takes_the_newest_nor_the_multiples(steps, keep_last, ke
         ("zero_pp_rank_3_mp_rank_00_model_states.pt", 3),
         ("bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt", 11),
         ("partition-00007.json", 7),
+        ("ema-00009.safetensors", 9),
         ("anything.else", 0),
     ],
 )
@@ -300,7 +303,8 @@ class SmallEngine:
     def __init__(self, cluster: Cluster) -> None:
         self.rank, self.world = cluster.rank, cluster.world
         self.ds = SimpleNamespace(stage=0)
-        self.module = torch.nn.Linear(2, 2)
+        self.partitions = [whole(name, parameter) for name, parameter in torch.nn.Linear(2, 2).named_parameters()]
+        self.averages, self.averages_of = Averages(self.partitions, [0.9]), 0
         self.zero_optimizer = SimpleNamespace(param_groups=[{"params": [], "lr": 0.1, "betas": (0.9, 0.95)}])
 
     def save_files(self, directory: Path, tag: str) -> None:
@@ -322,6 +326,7 @@ def test_two_ranks_commit_one_whole_checkpoint(tmp_path):
     assert verify(tmp_path / "step-00000001")[0] is None
     record = json.loads((tmp_path / "step-00000001" / RECORD).read_text())
     assert [entry["name"] for entry in record["files"]] == [
+        "ema-00000.safetensors",
         "mp_rank_00_model_states.pt",
         "partition-00000.json",
         "partition-00001.json",

@@ -62,7 +62,7 @@ def run(engine: Engine, config: Config, steps: range, *, poison: tuple[int, int]
         total = 0.0
         for k in range(engine.accumulation_steps):
             part = slice(k * micro, (k + 1) * micro)
-            loss = objective(engine, images[part], labels[part])
+            loss = objective(engine, images[part], labels[part, None], step=step, first_slot=0).trained
             if poison == (engine.rank, step) and k == 0:
                 loss = loss * float("nan")
             engine.backward_and_maybe_step(loss)
@@ -81,7 +81,7 @@ def bare_torch() -> list[tuple[float, float]]:
     for step in range(STEPS):
         images, labels = batch_of(step)
         pixels = normalise_pixels(images, config.model.pixel_mean, config.model.pixel_std, torch.float32)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+        optimizer.param_groups[0]["lr"] = 1e-3
         optimizer.zero_grad()
         loss = F.cross_entropy(model(pixels), labels)
         loss.backward()

@@ -23,6 +23,7 @@ def line_of(step: int, **changes: Any) -> dict[str, Any]:
         "mfu": None,
         "data_wait_s": 0.05,
         "step_s": 0.2,
+        "memory_bytes": 123_456_789,
         "samples_hash": "00000000000000ff",
         "skipped": 0,
         "bad_images": 0,
@@ -62,6 +63,16 @@ def test_an_evaluation_is_a_line_without_a_loss(tmp_path):
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert lines[1] == {"step": 1, "eval": {"images": 360, "top1": 0.5, "top5": 0.9, "loss": 1.25}}
     assert [line["step"] for line in lines if "loss" in line] == [1]
+
+
+def test_the_scores_of_moving_averages_stand_beside_those_of_the_weights(tmp_path, capsys):
+    metrics = metrics_of(tmp_path)
+    own, average = ({"images": 9, "top1": top1, "top5": 1.0, "loss": 0.5} for top1 in (0.5, 0.75))
+    metrics.log_eval(1, {**own, "ema": {"0.999": average}})
+    metrics.close()
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "eval": own, "ema": {"0.999": average}}
+    assert "top-1 50.00%, ema 0.999 75.00%, loss 0.5000, 9 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
@@ -145,7 +156,20 @@ def test_the_screen_hears_of_a_step_every_two_seconds_and_of_the_last(tmp_path, 
     assert [sentence.split()[1] for sentence in said] == ["1/10", "5/10", "9/10", "10/10"]
     assert (tmp_path / "log.txt").read_text().splitlines() == said
     # Half a second a step: five steps are left after the fifth.
-    assert said[1] == "step 5/10  loss 0.5000  lr 1.00e-03  gn 0.50  480 img/s  data 25.0%  ETA 2s"
+    assert said[1] == "step 5/10  loss 0.5000  lr 1.00e-03  gn 0.50  480 img/s  data 25.0%  mem 123.5 MB  ETA 2s"
+
+
+def test_the_eta_counts_work_where_later_steps_cost_more_and_the_last_checkpoint_is_told(tmp_path, capsys):
+    clock = Clock()
+    tmp_path.mkdir(exist_ok=True)
+    # Steps from the 51st on cost three times as much.
+    metrics = Metrics(tmp_path, total_steps=100, work_until=lambda step: step + 2 * max(0, step - 50), clock=clock)
+    metrics.open(0)
+    metrics.log_saved(40)
+    clock.now_s += 50.0
+    metrics.log_step(line_of(50))
+    metrics.close()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("ETA 2m30s  saved 40")
 
 
 def test_the_sentence_tells_what_is_there_and_no_more(tmp_path, capsys):
@@ -158,7 +182,7 @@ def test_the_sentence_tells_what_is_there_and_no_more(tmp_path, capsys):
     evaluated, sentence = capsys.readouterr().out.splitlines()
     assert evaluated == "evaluated after step 50: top-1 97.22%, loss 0.1000, 360 images"
     # 25 steps of this start took 100 s: the 25 that are left take as long, whatever was done before the resume.
-    assert sentence.endswith("mfu 41.2%  data 25.0%  skipped 2  bad images 3  top-1 97.22%  ETA 1m40s")
+    assert sentence.endswith("mfu 41.2%  data 25.0%  mem 123.5 MB  skipped 2  bad images 3  top-1 97.22%  ETA 1m40s")
 
 
 def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.training.reference import mean_gradients, plain_model, train_plainly
 
 CONFIG = ModelConfig(image_size=8, patch_size=4, width=16, depth=2, heads=2, classes=5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from vitscale.evaluation.classification import Scores
-from vitscale.training import bad_images, trainer
+from vitscale.planning.resolution import Phase
+from vitscale.training import bad_images, clock, trainer
 from vitscale.training.bad_images import TooManyBadImages
 from vitscale.training.checkpoint import TrainState
+from vitscale.training.objective import Loss
 from vitscale.training.trainer import Plan, due, train
 
 PLAN = Plan(
@@ -22,10 +25,10 @@ PLAN = Plan(
     save_every_steps=3,
     bad_images_max=0.25,
     seed=5,
-    flops_per_image=1e9,
-    recomputed_flops_per_image=0.5e9,
+    phases=(Phase(first_step=0, image_size=8, flops_per_image=1e9, recomputed_flops_per_image=0.5e9),),
     peak_flops=None,
 )
+REPORTED_MORE = 0.25  # the reported loss of a micro-batch is its number and this, the trained one its number
 SCORES = Scores(images=5, top1=0.5, top5=1.0, loss=0.25)
 
 
@@ -44,8 +47,8 @@ class Batch:
         return torch.full((1, 1, 1, 1), self.number)
 
     @property
-    def labels_B(self) -> Tensor:
-        return torch.tensor([self.number])
+    def labels_BM(self) -> Tensor:
+        return torch.tensor([[self.number]])
 
     @property
     def samples_hash(self) -> int:
@@ -64,6 +67,7 @@ class World:
     ) -> None:
         self.acts: list[Any] = []
         self.seeds: list[tuple[int, int, int]] = []
+        self.slots: list[tuple[int, int]] = []
         self.lines: list[dict[str, Any]] = []
         self.saved: list[TrainState] = []
         self.rank, self.world = 0, ranks
@@ -84,8 +88,17 @@ class World:
     def seed_micro_batch(self, seed: int, step: int, micro_batch: int) -> None:
         self.seeds.append((seed, step, micro_batch))
 
-    def backward_and_maybe_step(self, loss: Tensor) -> None:
+    device = torch.device("cpu")
+
+    def time_collectives(self, clock: Any) -> None:
+        pass
+
+    def memory_bytes(self) -> int:
+        return 1 << 20
+
+    def backward_and_maybe_step(self, loss: Tensor, passed: Any) -> None:
         self.micro_batches += 1
+        passed("backward")
         self.acts.append(("backward", loss.item()))
         if self.micro_batches % self.accumulation_steps == 0:
             self.last_step_skipped = self.micro_batches // self.accumulation_steps in self.skipped_steps
@@ -101,12 +114,13 @@ class World:
         return value
 
     # objective
-    def __call__(self, forward: Any, images_BHWC: Tensor, labels_B: Tensor) -> Tensor:
+    def __call__(self, forward: Any, images_BHWC: Tensor, labels_BM: Tensor, *, step: int, first_slot: int) -> Loss:
         assert forward is self, "the objective must get the engine itself, never its module"
         number = images_BHWC.flatten()[0].item()
-        assert labels_B.tolist() == [number]
+        assert labels_BM.tolist() == [[number]]
         self.acts.append(("forward", number))
-        return torch.tensor(float(number), requires_grad=True)
+        self.slots.append((step, first_slot))
+        return Loss(torch.tensor(float(number), requires_grad=True), torch.tensor(float(number) + REPORTED_MORE))
 
     # stream
     def stream(self) -> Iterator[Batch]:
@@ -234,23 +248,29 @@ def test_due_every_so_many_steps_and_after_the_last(every, total, steps):
 
 
 def test_a_line_tells_what_the_step_measured(monkeypatch):
-    now_s = iter(range(100))  # every look at the clock takes a second
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(now_s)))
-    monkeypatch.setattr(trainer.time, "time", lambda: 1234.5)
+    now_s, parts_s = iter(range(100)), iter(range(0, 1000, 10))  # every look at a clock takes one second, or ten
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(now_s)), time=lambda: 1234.5))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: float(next(parts_s))))
     world = World(ranks=3)
     run(world, plan=replace(PLAN, total_steps=1, peak_flops=2e9))
     assert world.lines == [
         {
             "step": 1,
             "images_seen": 12,
-            "loss": 0.5,  # mean of the two micro-batches, mean over the ranks
+            "loss": 0.75,  # the reported one: mean of the two micro-batches, mean over the ranks
             "lr": 0.0,
             "grad_norm": 7.0,
             "images_per_s": 12 / 5,
+            "image_size": 8,
             "mfu": (12 / 5) * 1e9 / (3 * 2e9),  # all images of the step over the peak of all devices
             "hfu": (12 / 5) * 1.5e9 / (3 * 2e9),  # with what is computed again
             "data_wait_s": 2.0,  # one second for each of two micro-batches
             "step_s": 5.0,
+            "forward_s": 20.0,
+            "backward_s": 20.0,
+            "optimizer_s": 0.0,
+            "communication_s": 0.0,
+            "memory_bytes": 1 << 20,
             "samples_hash": f"{(1 << 64) - 19:016x}",  # (-10) + (-9) modulo 2^64
             "skipped": 0,
             "bad_images": 0,
@@ -265,6 +285,14 @@ def test_every_micro_batch_is_seeded_by_where_it_stands():
     assert world.seeds == [(PLAN.seed, step, micro_batch) for step in range(4) for micro_batch in range(2)]
 
 
+def test_the_objective_is_told_the_slot_of_the_first_image():
+    for rank, expected in ((0, [0, 3]), (1, [6, 9])):  # 12 slots on two ranks with two micro-batches each
+        world = World(ranks=2)
+        world.rank = rank
+        run(world, writes=False)
+        assert world.slots == [(step, slot) for step in range(4) for slot in expected]
+
+
 def test_mfu_is_null_where_the_peak_is_unknown():
     world = World()
     run(world)
@@ -274,7 +302,7 @@ def test_mfu_is_null_where_the_peak_is_unknown():
 def test_each_line_is_of_its_own_step_and_no_mean_over_several():
     world = World()
     run(world, plan=replace(PLAN, log_every_steps=2))
-    assert [(line["step"], line["loss"]) for line in world.lines] == [(2, 2.5), (4, 6.5)]
+    assert [(line["step"], line["loss"]) for line in world.lines] == [(2, 2.75), (4, 6.75)]
 
 
 def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.flops import parameter_shapes
 from vitscale.weights.foreign import identity_of_foreign, load_any, read_npz, save_directory, save_npz
 from vitscale.weights.huggingface import from_huggingface, preprocessor, to_huggingface

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.config import ModelConfig
+from vitscale.model.config import ModelConfig
 from vitscale.model.position import resize_patch_kernel, resize_positions
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.weights.native import Weights, fit_to, load_weights, save_weights
