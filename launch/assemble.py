@@ -20,7 +20,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
 from launch.branch import Parent, load_parent
-from launch.engines import evaluate_engine, make_engine, product_dtype, silent
+from launch.engines import evaluate_engine, make_engine, pin_attention, silent
 from launch.gate import prove_gradients
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
@@ -36,7 +36,6 @@ from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from vitscale.training.choices import choose_attention
 from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import objective_of
@@ -168,18 +167,9 @@ def carry_out(job: Job) -> None:
             f"{saved.directory} stands in another order than this program would read: {saved.data} against {order}; "
             "continue it with the version it was started with"
         )
-    model = config.model
-    choose_attention(
-        job.run,
-        job.ds.attention,
-        shape_BHNK=(job.ds.micro_batch, model.heads, model.tokens, model.head_width),
-        dtype=product_dtype(config),
-        device=device,
-        rank=job.cluster.rank,
-        say=print,
-    )
-    if saved is None and config.run.parity == "first":
-        prove_gradients(config, job.ds, device=device)
+    pin_attention(job.run, config, job.ds, device=device)
+    if config.run.parity == "first":
+        prove_gradients(config, job.ds, run=job.run, device=device)
     engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if job.cluster.rank == 0 else silent)
     if saved is not None:
         state = load_checkpoint(engine, saved)

@@ -1,8 +1,10 @@
 """From a configuration to an engine, and a whole dataset through it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.distributed
 
 from data_pipeline.loader import eval_stream
 from data_pipeline.manifest import Manifest
@@ -11,6 +13,7 @@ from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
 from vitscale.model.compile import compile_blocks
 from vitscale.model.vit import VisionTransformer, initialise
+from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function
 from vitscale.training.objective import Objective
 from vitscale.training.optim import make_optimizer
@@ -21,6 +24,20 @@ Say = Callable[[str], None]
 
 def silent(sentence: str) -> None:
     """What the other ranks say."""
+
+
+def pin_attention(run: Path, config: Config, ds: DsConfig, *, device: torch.device) -> None:
+    """Pin the attention kernel of ds_config.json for the shapes of this configuration; `run` keeps what was measured."""
+    model = config.model
+    choose_attention(
+        run,
+        ds.attention,
+        shape_BHNK=(ds.micro_batch, model.heads, model.tokens, model.head_width),
+        dtype=product_dtype(config),
+        device=device,
+        rank=torch.distributed.get_rank(),
+        say=print,
+    )
 
 
 def make_engine(

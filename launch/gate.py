@@ -1,26 +1,32 @@
 """The gate before a run: are the gradients of this configuration those of plain torch?
 
-prove_gradients       at the first start of a configuration, on a twin of two blocks and two micro-batches; remembered
+prove_gradients       before the first start of a configuration, on a twin of two blocks and two micro-batches; remembered
 check_configuration   --check: the whole model at its own micro-batch, without data; nothing is written
 
-What was proven is kept in $XDG_CACHE_HOME/vitscale/parity (else ~/.cache), one file per hash of all that a gradient depends on:
-the twin, ds_config.json, world, versions, device and the code. Deleting the directory is safe.
+A resume on another world, stage or version is a new configuration. What was proven is kept by the hash of all that a gradient
+depends on (the twin, ds_config.json, world, versions, device and the code): the last proof in RUN/choices.json, each in
+$XDG_CACHE_HOME/vitscale/parity (else ~/.cache), where other runs find it. Deleting either is safe.
 """
 
 import copy
 import dataclasses
+import gc
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launch.engines import make_engine, silent
+from launch.engines import make_engine, pin_attention, silent
 from vitscale.base.cluster import Cluster
+from vitscale.base.errors import EnvironmentFault, HostFault
 from vitscale.base.files import canonical_json, read_json, sha256_bytes, write_json
 from vitscale.config import Config, check_mix_group, to_record
 from vitscale.ds_config import DsConfig, divisors, resolve_ds_config
+from vitscale.model.compile import forget_compiled
 from vitscale.model.flops import train_flops
+from vitscale.training.choices import CHOICES
 from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks, versions
 from vitscale.training.objective import objective_of
 from vitscale.training.parity import MicroBatchLoss, Verdict, check_gradients
@@ -34,18 +40,21 @@ INSTRUMENTS = ("flops_profiler", "comms_logger", "wall_clock_breakdown", "memory
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def prove_gradients(config: Config, ds: DsConfig, *, device: torch.device) -> None:
+def prove_gradients(config: Config, ds: DsConfig, *, run: Path, device: torch.device) -> None:
     """Compare the twin's gradients with plain torch, unless that was done before. Collective; rank 0 speaks.
 
-    Raises EnvironmentFault with the parameter that differs most.
+    Leaves generators, compiled code and the peak of the memory as if it had not been. Raises EnvironmentFault with the
+    parameter that differs most.
     """
     twin, twin_ds = twin_of(config, ds)
-    path = cache_directory() / f"{identity(twin, twin_ds, device)}.json"
+    known_as = identity(twin, twin_ds, device)
+    path = cache_directory() / f"{known_as}.json"
     rank = torch.distributed.get_rank()
-    known = from_rank_zero(read_json(path) if rank == 0 and path.is_file() else None)
-    if known is not None:
+    proof = from_rank_zero(_remembered(path, run, known_as) if rank == 0 else None)
+    if proof is not None:
         if rank == 0:
-            print(f"{known['sentence']}; proven before ({path})", flush=True)
+            print(f"{proof['sentence']}; proven before", flush=True)
+            _remember(proof, path=path, run=run)
         return
     images = twin.optim.global_batch // twin_ds.world
     estimate_s = 3 * train_flops(twin.model) * images / CPU_FLOPS
@@ -61,21 +70,56 @@ def prove_gradients(config: Config, ds: DsConfig, *, device: torch.device) -> No
     verdict.raise_fault()
     if rank == 0:
         print(verdict.sentence(), flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"sentence": verdict.sentence(), "whole": dataclasses.asdict(verdict.whole)})
+        proof = {"identity": known_as, "sentence": verdict.sentence(), "whole": dataclasses.asdict(verdict.whole)}
+        _remember(proof, path=path, run=run)
+
+
+def _remembered(path: Path, run: Path, known_as: str) -> dict[str, Any] | None:
+    """The proof of this identity; what cannot be read is proven again."""
+    for file, section in ((run / CHOICES, "parity"), (path, None)):
+        try:
+            record = read_json(file)
+        except EnvironmentFault:
+            continue
+        proof = record.get(section) if section else record
+        if isinstance(proof, dict) and proof.get("identity") == known_as:
+            return proof
+    return None
+
+
+def _remember(proof: dict[str, Any], *, path: Path, run: Path) -> None:
+    choices = run / CHOICES
+    record = read_json(choices) if choices.is_file() else {}
+    if record.get("parity") != proof:
+        write_json(choices, {**record, "parity": proof})
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, proof)
+    except OSError as error:  # a home that is read-only or full: the next run proves it again
+        print(f"this proof cannot be kept for other runs ({error}); set XDG_CACHE_HOME to a directory of your own", flush=True)
 
 
 def check_configuration(config: Config, ds: DsConfig, cluster: Cluster) -> None:
     """Join the ranks, compare the gradients of the whole model, with its micro-batch and up to four of them, print a table.
 
-    Raises EnvironmentFault as `prove_gradients`.
+    Raises EnvironmentFault as `prove_gradients`, and HostFault where the memory does not hold model and reference.
     """
     check_mix_group(config, micro_batch=ds.micro_batch, accumulation=ds.accumulation)
     device = start_ranks(cluster)
+    with tempfile.TemporaryDirectory() as scratch:
+        pin_attention(Path(scratch), config, ds, device=device)
     whole, whole_ds = _reduced(
         config, ds, blocks=config.model.depth, micro=ds.micro_batch, accumulation=min(4, ds.accumulation)
     )
-    verdict = _check(whole, whole_ds, device=device)
+    try:
+        verdict = _check(whole, whole_ds, device=device)
+    except torch.OutOfMemoryError as error:
+        raise HostFault(
+            f"host {cluster.host}: the whole model and its plain float32 reference do not fit into the memory of {device} "
+            f"together ({str(error).splitlines()[0]}); add model.depth=N with fewer than {config.model.depth} blocks, or "
+            "optim.micro_batch_max with a smaller number"
+        ) from None
     if torch.distributed.get_rank() == 0:
         print(f"{verdict.table()}\n{verdict.sentence()}", flush=True)
     verdict.raise_fault()
@@ -118,13 +162,22 @@ def _check(config: Config, ds: DsConfig, *, device: torch.device) -> Verdict:
             objective(forward, images_BHWC, labels_B[:, None], step=0, first_slot=slot).trained
         )
 
-    return check_gradients(
-        lambda weights: make_engine(config, ds, initial=None, device=device, say=silent, exactly=weights),
-        loss_of,
-        config=config,
-        ds=ds,
-        device=device,
-    )
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([torch.cuda.current_device()] if on_cuda else []):
+        verdict = check_gradients(
+            lambda weights: make_engine(config, ds, initial=None, device=device, say=silent, exactly=weights),
+            loss_of,
+            config=config,
+            ds=ds,
+            device=device,
+        )
+    if ds.compile_blocks:
+        forget_compiled()
+    gc.collect()  # an engine is full of rings
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return verdict
 
 
 def identity(config: Config, ds: DsConfig, device: torch.device) -> str:
@@ -141,6 +194,9 @@ def identity(config: Config, ds: DsConfig, device: torch.device) -> str:
 
 
 def cache_directory() -> Path:
-    """Where proofs are remembered. Raises EnvironmentFault where there is no home directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "vitscale" / "parity"
+    """Where proofs are remembered; under the temporary directory for a user without a home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"vitscale-cache-{os.getuid()}"
+    return home / "vitscale" / "parity"

@@ -30,3 +30,8 @@ def compile_blocks(model: VisionTransformer, *, batch: int, dtype: torch.dtype, 
     for block in model.blocks:
         block.compile()
     return True
+
+
+def forget_compiled() -> None:
+    """Let the next model be compiled as the first was: having met two batch sizes, torch compiles for any, which is slower."""
+    torch.compiler.reset()

@@ -297,7 +297,7 @@ def _excess(row: Row) -> float:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 # ---- weights and images ---------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """The gate before a run finds every known class of wrong gradient, names it, and does not alarm where all is well."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from launch.gate import cache_directory, identity, twin_of
+from launch.gate import _remember, _remembered, cache_directory, identity, twin_of
 from tests.helpers.parity import CPU, check, settings
 from tests.helpers.program import SMALL, curve, run
 from tests.helpers.ranks import run_ranks
@@ -77,6 +80,40 @@ def test_five_known_errors_are_found_at_every_stage_and_the_parameter_named():
         assert verdict.gradients[0].deviation > 5 * verdict.gradients[0].allowed, (name, stage)  # far outside
 
 
+def lose_update(engine: Engine) -> None:
+    """The optimizer runs, but at half the rate it was given."""
+    engine.set_lr(0.5 * engine.zero_optimizer.param_groups[0]["lr"])
+
+
+def keep_old_weight(engine: Engine) -> None:
+    """Masters move, but one parameter of the model goes back to what it was."""
+    honest, weight = engine.backward_and_maybe_step, dict(engine.module.named_parameters())[BLOCK]
+    held = weight.ds_tensor if engine.ds.stage == 3 else weight
+    old = held.detach().clone()
+
+    def spoiled(loss: torch.Tensor, *rest: Callable[[str], None]) -> None:
+        honest(loss, *rest)
+        held.data.copy_(old)
+
+    engine.backward_and_maybe_step = spoiled  # type: ignore[method-assign]
+
+
+def spoil_updates(cluster: Cluster) -> list[tuple[int, str | None, str | None]]:
+    found = []
+    for stage in (1, 2, 3):
+        config, ds = settings(cluster.world, "train.precision=bf16", zero_optimization={"stage": stage})
+        # At stage 1 weights and masters are of one type, and a stage lower of one memory.
+        found.append((stage, check(config, ds, lose_update).fault, check(config, ds, keep_old_weight).fault))
+    return found
+
+
+@pytest.mark.slow
+def test_a_lost_update_and_an_old_weight_are_found_though_gradients_are_right():
+    for stage, update, old in run_ranks(2, spoil_updates)[0]:
+        assert update is not None and "differs by 50 % from the same optimizer in plain torch" in update, (stage, update)
+        assert old is not None and f"numbers of {BLOCK} that the next forward pass would use are not the" in old, (stage, old)
+
+
 HEALTHY: list[tuple[int, int, int, list[str], dict]] = [
     # ranks, stage, accumulation, overrides, sections of ds_config
     (1, 0, 1, [], {}),
@@ -142,10 +179,93 @@ def test_a_run_behind_the_gate_is_the_run_without_it_and_the_gate_remembers(tmp_
     assert len(list(cache_directory().glob("*.json"))) == 1
     said = run("pretrain", "--run", tmp_path / "b", *arguments, "optim.clip=0.5", said=tmp_path / "b.txt", world=2)
     assert "proven before" in said
+
+    (tmp_path / "a" / "FINISHED.json").unlink()
+    changed = "ds.vitscale.recompute=selective"
+    said = run("pretrain", "--run", tmp_path / "a", *arguments, changed, said=tmp_path / "a2.txt", world=2)
+    assert "continuing after step 4" in said and "proven before" not in said, "a resume may be a new configuration"
+    assert "recomputing what is cheap" in said
+
     said = run("pretrain", "--run", tmp_path / "c", *arguments, "run.parity=never", said=tmp_path / "c.txt", world=2)
     assert "gradients of" not in said
     names = ("loss", "grad_norm", "samples_hash")
     assert curve(tmp_path / "a", *names) == curve(tmp_path / "c", *names)
+
+
+@pytest.mark.slow
+def test_wrong_gradients_end_the_program_with_3_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    honest = Engine.backward_and_maybe_step
+    monkeypatch.setattr(Engine, "backward_and_maybe_step", lambda engine, loss, *rest: honest(engine, loss * 2, *rest))
+    for arguments in (["--run", tmp_path / "run"], ["--check"]):
+        said = run("pretrain", *arguments, *SMALL, said=tmp_path / "said.txt", code=3)
+        (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "differs by 100 % from plain torch" in sentence and "with ZeRO stage 2, fp32" in sentence
+        assert "Traceback" not in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert not cache_directory().exists(), "a fault is not remembered"
+
+
+def test_a_damaged_or_foreign_proof_is_none_and_a_cache_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    proof = {"identity": "a", "sentence": "right"}
+    run, path = tmp_path / "run", tmp_path / "cache" / "a.json"
+    run.mkdir()
+    assert _remembered(path, run, "a") is None
+    _remember(proof, path=path, run=run)
+    assert _remembered(path, run, "a") == proof and _remembered(path, run, "b") is None
+    (run / "choices.json").unlink()
+    assert _remembered(path, run, "a") == proof, "another run finds it in the cache"
+    path.write_text('{"identity": "a", "sen')
+    assert _remembered(path, run, "a") is None
+
+    (tmp_path / "file").write_text("in the way")
+    blocked = tmp_path / "file" / "a.json"
+    assert capsys.readouterr().out == ""
+    _remember(proof, path=blocked, run=run)
+    assert "set XDG_CACHE_HOME" in capsys.readouterr().out
+    assert _remembered(blocked, run, "a") == proof, "the run keeps it all the same"
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from launch.engines import make_engine, silent
+from launch.gate import prove_gradients
+from tests.helpers.parity import CPU, settings
+from tests.helpers.ranks import cluster_of, free_port
+from vitscale.training.engine import start_ranks
+
+shapes = []
+def recorder(graph, inputs):
+    shapes.append([tuple(value.shape) for value in inputs if isinstance(value, torch.Tensor) and value.ndim == 3])
+    assert not any(isinstance(value, torch.SymInt) for value in inputs), "compiled for any batch size"
+    return graph.forward
+compile_ours = nn.Module.compile
+nn.Module.compile = lambda self: compile_ours(self, backend=recorder)
+device = start_ranks(cluster_of(0, 1, free_port()))
+overrides = ("optim.micro_batch_max=16", "optim.global_batch=32")
+config, ds = settings(1, *overrides, zero_optimization={"stage": 1}, vitscale={"compile": "blocks"})
+torch.manual_seed(5)
+before = torch.get_rng_state()
+prove_gradients(config, ds, run=Path(sys.argv[1]), device=device)
+assert torch.equal(torch.get_rng_state(), before), "a global generator moved"
+assert any(shape[0] == 4 for seen in shapes for shape in seen), "the twin was not compiled"
+engine = make_engine(config, ds, initial=None, device=device, say=silent)
+engine.train()
+engine(torch.randn(16, 3, 8, 8))
+assert shapes[-1][0][0] == 16
+"""
+
+
+@pytest.mark.slow
+def test_the_gate_leaves_no_compiled_code_and_no_generator_moved(tmp_path):
+    """In a process of its own: having seen the twin's batch, torch would compile the run's blocks for any batch size."""
+    root = Path(__file__).resolve().parents[3]
+    ended = subprocess.run([sys.executable, "-c", COMPILED, tmp_path], cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "gradients of 2 blocks with ZeRO stage 1, fp32, compiled blocks" in ended.stdout
 
 
 @pytest.mark.slow
