@@ -3,6 +3,9 @@
 import os
 import tempfile
 
+# Read when torch loads OpenMP. Threads that spin as they wait take the cores from the test beside: it took five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Gradients are proven once per configuration and test session, whatever the home directory remembers.
