@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -131,3 +132,18 @@ def test_an_error_of_the_lists_comes_out_of_the_stream_and_leaves_no_worker(work
         seen = [next(stream).labels_B[0].item() for _ in range(good + 1)]
         assert seen == []
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_workers_that_are_killed_leave_no_file_behind(tmp_path, monkeypatch):
+    """Neither in the temporary directory nor in shared memory: nobody would ever clear it away."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delitem(multiprocessing.process.current_process()._config, "tempdir", raising=False)  # remembered there
+    stream = Stream(Painted(), lists(60), workers=2)
+    for _ in range(10):
+        next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    assert list(tmp_path.iterdir()) == []
+    stream.close()

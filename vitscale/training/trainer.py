@@ -17,6 +17,7 @@ from vitscale.training.bad_images import SETTLE_EVERY_STEPS, BadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.clock import StepClock
 from vitscale.training.engine import Engine
+from vitscale.training.faulty import damage_weights, faulty_loss
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
 
@@ -101,13 +102,19 @@ def train(
             if watch_updates is not None and is_watched:
                 watch_updates.before_step()
             for micro_batch in range(engine.accumulation_steps):
+                here = {"rank": engine.rank, "step": state.step + 1, "micro_batch": micro_batch}
+                fault_point("data.batch", **here)
                 batch = meter.next_of(stream)
+                fault_point("step.forward", **here)
                 engine.seed_micro_batch(plan.seed, state.step, micro_batch)
                 slot = first_slot(plan.global_batch, engine, micro_batch)
                 loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
+                loss = faulty_loss(loss, **here)
                 meter.add(loss.reported, batch)
                 bad_images.add(state.step + 1, batch.bad_images)
-                engine.backward_and_maybe_step(loss.trained, meter.clock.passed)
+                fault_point("step.backward", **here)
+                engine.backward_and_maybe_step(loss.trained, meter.passed_at(here))
+            damage_weights(engine, step=state.step + 1)
             state.step += 1
             state.position += plan.global_batch
             state.images_seen += plan.global_batch
@@ -124,6 +131,7 @@ def train(
                 watch_updates.after_step(state.step)
             bad_images.check(state)
             if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
+                fault_point("evaluate.begin", rank=engine.rank, step=state.step)
                 scores = evaluate()
                 engine.train()
                 if metrics is not None:
@@ -183,6 +191,16 @@ class _Meter:
         self.losses.append(loss.detach())  # stays on the device: reading it here would wait for the forward pass
         self.samples_hash += batch.samples_hash
         self.clock.passed("forward")
+
+    def passed_at(self, here: dict[str, int]) -> Callable[[str], None]:
+        """What the engine tells of each part it has done; between backward and update is a fault point."""
+
+        def passed(part: str) -> None:
+            self.clock.passed(part)
+            if part == "backward":
+                fault_point("step.optimizer", **here)
+
+        return passed
 
     def line(self, state: TrainState, plan: Plan, lr: float) -> dict[str, float | int | str | None]:
         """One line of metrics.jsonl. Collective, and waits for the device."""
