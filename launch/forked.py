@@ -121,6 +121,8 @@ def start(
                     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
                 run_main(main)
                 os._exit(0)
+            except SystemExit as leave:
+                os._exit(leave.code if isinstance(leave.code, int) else int(leave.code is not None))
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -139,5 +141,6 @@ def _become_rank(parent: int, said: Path) -> None:
     output = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    # Kept open when these objects go: a rank may itself fork ranks.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115

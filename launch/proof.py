@@ -19,7 +19,7 @@ from launch.evidence import Evidence, differences, evidence_of
 from launch.forked import cluster_of
 from launch.leftovers import forsaken, shared_memory, temporary_files
 from launch.storm import Attempted, Draws, Kind, Look, Pace, Strike, attempt_once, is_finished, newest_checkpoint, unwatched
-from vitscale.base.errors import EnvironmentFault
+from vitscale.base.errors import EnvironmentFault, VitscaleError
 from vitscale.base.files import read_json
 from vitscale.config import steps_of
 from vitscale.training.metrics import read_lines
@@ -193,7 +193,10 @@ class Storm:
         return attempt
 
     def _judge(self) -> None:
-        self.proof.verdicts[self._run.name] = differences(self.proof.reference, evidence_of(self._run))
+        try:
+            self.proof.verdicts[self._run.name] = differences(self.proof.reference, evidence_of(self._run))
+        except VitscaleError as error:
+            self.proof.verdicts[self._run.name] = [str(error)]
         self.proof.left += left_in_files(self._run, self._setup.temporary)
         self.proof.left += forsaken(shared_memory() - self._shared_before)
         self._open_run()

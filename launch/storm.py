@@ -53,7 +53,7 @@ STEP_TIMEOUT = "run.step_timeout"
 """The setting without which nobody notices a stopped rank."""
 STALL_S = 180.0
 """Longest time without a new step, or after the last one, before an attempt counts as hanging."""
-LOOK_EVERY_S = 0.005
+LOOK_EVERY_S = 0.01
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 8192
 _RANK_ZERO = ("checkpoint.commit", "checkpoint.rename", "checkpoint.latest")
@@ -71,6 +71,8 @@ class Strike:
     """None: from the start of the processes on."""
     delay_s: float = 0.0
     worker: int = 0
+    then_all_after_s: float | None = None
+    """If the attempt survives, all its processes are killed so long after the hit; None: it goes on undisturbed."""
 
     def in_words(self) -> str:
         if self.fault:
@@ -115,7 +117,8 @@ class Draws:
         kinds: Sequence[Kind] = KILLS,
         every_s: float | None = None,
     ) -> None:
-        """`every_s`: strike about so long after each start; None: soon, so that a short run is struck often."""
+        """`every_s`: strike about so long after each start, and after a strike that was survived; None: soon, so that a
+        short run is struck often."""
         self._random = random.Random(seed)
         self._pace, self._world, self._workers, self._every_s = pace, world, workers, every_s
         self._kinds = [kind for kind in kinds if workers or kind != "kill of a data worker"]
@@ -130,11 +133,12 @@ class Draws:
         if kind in AT_POINTS:
             action = self._random.choice(AT_POINTS[kind])
             place = self._place(rank, done_steps, prefix="checkpoint." if kind == "disk fault while saving" else "")
-            return Strike(kind=kind, rank=rank, fault=f"{action}@{place}:once={marker}")
+            fault = f"{action}@{place}:once={marker}"
+            return Strike(kind=kind, rank=rank, fault=fault, then_all_after_s=self._every_s)
         worker = self._random.randrange(max(1, self._workers))
         left = pace.total_steps - done_steps
         if self._every_s is not None:
-            return Strike(kind=kind, rank=rank, worker=worker, delay_s=self._every_s)
+            return Strike(kind=kind, rank=rank, worker=worker, delay_s=self._every_s, then_all_after_s=self._every_s)
         if left < 2 or self._random.random() < 0.25:
             return Strike(kind=kind, rank=rank, worker=worker, delay_s=self._random.uniform(0.0, pace.start_s))
         after_step = done_steps + self._random.randint(1, min(left - 1, 2 * pace.save_every))
@@ -211,6 +215,8 @@ def attempt_once(
                 result.hit_after_s = time.monotonic() - started_s
             if moment is not None and strike is not None and moment.is_here() and _strike(strike, attempt):
                 moment, result.hit_after_s = None, time.monotonic() - started_s
+            if _is_survived(strike, result.hit_after_s, started_s):
+                kill_all(attempt)
         result.has_hung = not has_ended(attempt)
     finally:
         if not has_ended(attempt):
@@ -248,6 +254,12 @@ def newest_checkpoint(run: Path) -> int:
 
 def is_finished(run: Path) -> bool:
     return (run / FINISHED).is_file()
+
+
+def _is_survived(strike: Strike | None, hit_after_s: float | None, started_s: float) -> bool:
+    if strike is None or strike.then_all_after_s is None or hit_after_s is None:
+        return False
+    return time.monotonic() > started_s + hit_after_s + strike.then_all_after_s
 
 
 class _Moment:

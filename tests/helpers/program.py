@@ -11,7 +11,17 @@ from vitscale.training.metrics import read_lines
 # Loaded before the fork.
 SCRIPTS = {
     name: importlib.import_module(f"launch.{name}")
-    for name in ("pretrain", "finetune", "evaluate", "export", "attention", "build_shards", "inspect_shards", "bench")
+    for name in (
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "export",
+        "attention",
+        "build_shards",
+        "inspect_shards",
+        "bench",
+        "chaos",
+    )
 }
 
 

@@ -21,7 +21,7 @@ import torch
 from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import HostFault, UsageError
-from vitscale.base.files import read_json, write_bytes, write_json
+from vitscale.base.files import read_json, remove_temporaries, write_bytes, write_json
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
 from vitscale.training.engine import barrier, from_all_ranks, from_rank_zero, versions
@@ -97,6 +97,8 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
     if cluster.rank == 0:
         provenance = run / "provenance"
         provenance.mkdir(exist_ok=True)
+        for directory in (run, provenance, run / "checkpoints"):
+            remove_temporaries(directory)  # of an attempt that was killed
         number = 1 + len(list(provenance.glob("attempt-*.json")))
         write_json(
             provenance / f"attempt-{number:03d}.json",

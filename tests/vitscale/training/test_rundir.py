@@ -94,7 +94,12 @@ def two_attempts(cluster: Cluster, run: Path) -> None:
 
 def test_each_start_leaves_a_record_and_the_resolved_settings(tmp_path):
     run = tmp_path / "runs" / "a"
+    for leftover in (run / ".status.json.tmp-0123456789ab", run / "checkpoints" / ".latest.tmp-0123456789ab"):
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.write_text("half of what a killed attempt wrote")
     run_ranks(1, two_attempts, run)
+    assert not list((run / "checkpoints").iterdir())
+    (run / "checkpoints").rmdir()
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "ds_config.json", "provenance"]  # the nonce is gone
     assert stored_config(run) == STORED
     ds_record = json.loads((run / "ds_config.json").read_text())

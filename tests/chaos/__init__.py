@@ -1,0 +1,1 @@
+"""Faults on purpose, against the whole program."""
