@@ -25,7 +25,7 @@ from launch.datasets import EMBEDDED, open_dataset
 from launch.forked import cluster_of
 from launch.proof import Proof, Setup, Storm, kind_table, undisturbed
 from launch.soak import soak
-from launch.storm import FAULTS, KILLS, STEP_TIMEOUT, Draws, Kind, Pace
+from launch.strikes import FAULTS, KILLS, STEP_TIMEOUT, Draws, Kind, Pace
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.files import write_json
 from vitscale.base.progress import Bar

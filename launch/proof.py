@@ -18,7 +18,8 @@ from launch.datasets import open_datasets
 from launch.evidence import Evidence, differences, evidence_of
 from launch.forked import cluster_of
 from launch.leftovers import forsaken, shared_memory, temporary_files
-from launch.storm import Attempted, Draws, Kind, Look, Pace, Strike, attempt_once, is_finished, newest_checkpoint, unwatched
+from launch.storm import Attempted, Look, attempt_once, is_finished, newest_checkpoint, unwatched
+from launch.strikes import Draws, Kind, Pace, Strike
 from vitscale.base.errors import EnvironmentFault, VitscaleError
 from vitscale.base.files import read_json
 from vitscale.config import steps_of

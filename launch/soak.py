@@ -18,7 +18,8 @@ import numpy as np
 from launch.attempts import Attempt, workers_of
 from launch.leftovers import resident_bytes
 from launch.proof import Proof, Setup, Storm, kind_table, undisturbed
-from launch.storm import Draws, last_step_line
+from launch.storm import last_step_line
+from launch.strikes import Draws
 from vitscale.base.progress import Bar, in_words
 
 PACE_STEPS = 120

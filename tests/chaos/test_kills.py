@@ -9,7 +9,7 @@ import pytest
 
 from launch import assemble
 from launch.evidence import Account, account_of
-from launch.storm import Draws, Strike
+from launch.strikes import Draws, Strike
 from tests.helpers.program import run, steps_of
 from vitscale.base.files import read_json
 from vitscale.training.rundir import stored_config

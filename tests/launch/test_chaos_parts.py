@@ -13,7 +13,8 @@ import pytest
 from launch.evidence import Account, Evidence, differences
 from launch.leftovers import end_sessions, forsaken, of_sessions, shared_memory, temporary_files
 from launch.soak import _slope
-from launch.storm import AT_POINTS, FAULTS, KILLS, Draws, Pace, last_step_line
+from launch.storm import last_step_line
+from launch.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
 from vitscale.base.faults import POINTS, faults_of
 
 PACE = Pace(total_steps=24, save_every=4, eval_every=12, micro_batches=2, start_s=2.0, step_s=0.1)
