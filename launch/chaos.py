@@ -43,12 +43,13 @@ SMALL = (
     "run.parity=never",
 )
 """The digits recipe made small; micro-batches are accumulated, and there is an average to lose."""
+KILLS_DEFAULT = 12
 SHORT = ("train.length=24", "run.save_every=4", "run.eval_every=12")
 
 
 def main() -> None:
     parser = Parser(description="Kill a small training again and again, and prove that its result is the undisturbed one.")
-    parser.add_argument("--kills", type=int, metavar="N", help="kills over all stages (default 12)")
+    parser.add_argument("--kills", type=int, metavar="N", help=f"kills over all stages (default {KILLS_DEFAULT})")
     parser.add_argument("--minutes", type=float, metavar="M", help="instead: one training of about M minutes under faults")
     parser.add_argument("--fault-every", type=float, default=60.0, metavar="S", help="with --minutes: seconds between faults")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
@@ -92,7 +93,8 @@ def check(args: Namespace) -> list[int]:
     """The ZeRO stages asked for. Raises UsageError for wrong words, EnvironmentFault where the tool cannot work."""
     if args.kills is not None and args.minutes is not None:
         raise UsageError("give one of --kills and --minutes, not both")
-    if min(args.world, args.kills or 1, args.minutes or 1, args.fault_every) <= 0 or args.workers < 0:
+    given = [number for number in (args.world, args.kills, args.minutes, args.fault_every) if number is not None]
+    if min(given) <= 0 or args.workers < 0:
         raise UsageError("expected --kills, --minutes, --fault-every and --world above 0, and --workers of at least 0")
     words = (args.stage or ("2" if args.minutes else "1,2,3")).split(",")
     if any(word not in ("0", "1", "2", "3") for word in words) or (args.minutes and len(words) > 1):
@@ -146,7 +148,7 @@ def soak_kinds() -> tuple[Kind, ...]:
 
 def kill(args: Namespace, stages: Sequence[int], out: Path) -> list[Proof]:
     """All kills, shared out over the stages."""
-    kills = args.kills or 12
+    kills = KILLS_DEFAULT if args.kills is None else args.kills
     proofs: list[Proof] = []
     with Bar(total=kills, what="kills", unit="kill") as bar:
         for number, stage in enumerate(stages):

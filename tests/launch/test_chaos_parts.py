@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch import chaos
 from launch.evidence import Account, Evidence, differences
 from launch.leftovers import end_sessions, forsaken, of_sessions, shared_memory, temporary_files
 from launch.soak import _slope
 from launch.storm import last_step_line
 from launch.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
+from vitscale.base.errors import UsageError
 from vitscale.base.faults import POINTS, faults_of
 
 PACE = Pace(total_steps=24, save_every=4, eval_every=12, micro_batches=2, start_s=2.0, step_s=0.1)
@@ -68,6 +71,24 @@ def test_the_last_step_is_read_over_torn_lines_and_evaluations(tmp_path):
         '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 2, "eval": {}}\n{"step": 3, "lo'
     )
     assert last_step_line(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kills", "3", "--minutes", "1"], "one of --kills and --minutes, not both"),
+        (["--kills", "0"], "above 0"),
+        (["--workers", "-1"], "--workers of at least 0"),
+        (["--stage", "1,4"], "ZeRO stages such as 1,2,3, with --minutes one of them, got '1,4'"),
+        (["--minutes", "1", "--stage", "1,2"], "with --minutes one of them"),
+        (["--kill", "3"], "did you mean '--kills'"),
+        (["--out", "."], "is not empty; name a new directory"),
+    ],
+)
+def test_a_wrong_word_is_refused(monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["launch/chaos.py", *arguments])
+    with pytest.raises(UsageError, match=re.escape(said)):
+        chaos.main()
 
 
 EVIDENCE = Evidence(
