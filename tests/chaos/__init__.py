@@ -1,1 +1,1 @@
-"""Faults on purpose, against the whole program."""
+"""Runs that are disturbed, and must end as if they had not been."""

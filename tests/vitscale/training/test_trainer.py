@@ -303,27 +303,6 @@ def test_the_objective_is_told_the_slot_of_the_first_image():
         assert world.slots == [(step, slot) for step in range(4) for slot in expected]
 
 
-def test_mfu_is_null_where_the_peak_is_unknown():
-    world = World()
-    run(world)
-    assert [line["mfu"] for line in world.lines] == [None] * 4
-
-
-def test_each_line_is_of_its_own_step_and_no_mean_over_several():
-    world = World()
-    run(world, plan=replace(PLAN, log_every_steps=2))
-    assert [(line["step"], line["loss"]) for line in world.lines] == [(2, 2.75), (4, 6.75)]
-
-
-def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatch):
-    monkeypatch.setenv("VITSCALE_FAULT", "raise@step.end:rank=0:step=3")
-    world = World()
-    with pytest.raises(RuntimeError, match=r"step\.end"):
-        run(world)
-    assert [line["step"] for line in world.lines] == [1, 2]
-    assert world.saved == []
-
-
 @pytest.mark.parametrize(
     ("point", "done"),
     [
@@ -353,6 +332,27 @@ def test_a_nan_on_purpose_is_trained_on_and_reported(monkeypatch):
     run(world)
     assert [math.isnan(line["loss"]) for line in world.lines] == [False, True, False, False]
     assert [math.isnan(act[1]) for act in world.acts if act[0] == "backward"] == [False, False, True, *[False] * 5]
+
+
+def test_mfu_is_null_where_the_peak_is_unknown():
+    world = World()
+    run(world)
+    assert [line["mfu"] for line in world.lines] == [None] * 4
+
+
+def test_each_line_is_of_its_own_step_and_no_mean_over_several():
+    world = World()
+    run(world, plan=replace(PLAN, log_every_steps=2))
+    assert [(line["step"], line["loss"]) for line in world.lines] == [(2, 2.75), (4, 6.75)]
+
+
+def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatch):
+    monkeypatch.setenv("VITSCALE_FAULT", "raise@step.end:rank=0:step=3")
+    world = World()
+    with pytest.raises(RuntimeError, match=r"step\.end"):
+        run(world)
+    assert [line["step"] for line in world.lines] == [1, 2]
+    assert world.saved == []
 
 
 # ---- bad images -----------------------------------------------------------------------------------------------------
