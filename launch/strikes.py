@@ -40,6 +40,8 @@ AT_POINTS: dict[Kind, tuple[str, ...]] = {
 """What each kind does that hits at a fault point."""
 STEP_TIMEOUT = "run.step_timeout"
 """The setting without which nobody notices a stopped rank."""
+SAVES_AHEAD = 3
+"""How far ahead of the newest checkpoint a strike is aimed, in saves: most attempts get on, and all steps are struck."""
 _RANK_ZERO = ("checkpoint.commit", "checkpoint.rename", "checkpoint.latest")
 
 
@@ -117,7 +119,7 @@ class Draws:
             return Strike(kind=kind, rank=rank, worker=worker, delay_s=self._every_s, then_all_after_s=self._every_s)
         if left < 2 or self._random.random() < 0.25:
             return Strike(kind=kind, rank=rank, worker=worker, delay_s=self._random.uniform(0.0, pace.start_s))
-        after_step = done_steps + self._random.randint(1, min(left - 1, 2 * pace.save_every))
+        after_step = done_steps + self._random.randint(1, min(left - 1, SAVES_AHEAD * pace.save_every))
         delay_s = self._random.uniform(0, 3 * pace.step_s)
         return Strike(kind=kind, rank=rank, worker=worker, after_step=after_step, delay_s=delay_s)
 
@@ -134,7 +136,7 @@ class Draws:
     def _conditions(self, point: str, rank: int, done: int) -> str:
         pace = self._pace
         if self._every_s is None:
-            step = done + self._random.randint(1, max(1, min(pace.total_steps - done, pace.save_every + 2)))
+            step = done + self._random.randint(1, max(1, min(pace.total_steps - done, SAVES_AHEAD * pace.save_every)))
         else:
             step = done + max(1, int((self._every_s - pace.start_s) / pace.step_s))
         if point == "worker.batch":
