@@ -131,6 +131,19 @@ class Metrics:
             self._has_spoken_of_events = True
             self.say(f"an image was bad and another was shown in its place; {self.events_path} names every one")
 
+    def stopped(self, step: int, reason: str) -> None:
+        """The last word about a run that was asked to stop and is saved; then close."""
+        record = {
+            "phase": "stopped",
+            "reason": reason,
+            "step": step,
+            "total_steps": self.total_steps,
+            "at_unix_s": self.clock(),
+        }
+        write_json(self.run / "status.json", record)
+        self.say(f"stopped after step {step} because {reason}; the same command continues")
+        self.close()
+
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in log.txt."""
         print(sentence, flush=True)

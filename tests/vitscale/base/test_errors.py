@@ -14,6 +14,8 @@ SPEAKS = {
     "HostFault": (3, True),
     "TransientFault": (75, True),
     "BadDataError": (78, True),
+    "StopRequested": (76, False),
+    "LeaseLost": (75, False),
 }
 
 
