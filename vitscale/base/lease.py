@@ -164,9 +164,10 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ending.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):  # the next owner waits a minute at most; what ends the run is worth more
-            self.release()
+        self._thread.join(HEARTBEAT_S)
+        if not self._thread.is_alive():  # else the file system hangs, and would hang this as well
+            with contextlib.suppress(OSError):  # the next owner waits a minute at most; what ends the run is worth more
+                self.release()
 
     def _show_heartbeat(self) -> None:
         try:

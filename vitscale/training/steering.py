@@ -115,6 +115,10 @@ class Steering:
         """A save took so long; the time limit leaves room for the longest."""
         self._longest_save_s = max(self._longest_save_s, seconds)
 
+    def may_commit(self) -> bool:
+        """Whether this rank may rename a checkpoint into place: rank 0 asks its lease."""
+        return self._lease is None or self._lease.is_mine()
+
     def agree(self, step: int) -> Order:
         """The order after `step` steps, the same on every rank. Collective; raises LeaseLost."""
         now_s = self._clock()

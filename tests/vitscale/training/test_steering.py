@@ -258,6 +258,13 @@ def test_a_lost_lease_ends_the_run_unsaved_whatever_else_is_asked(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN != before
 
 
+def test_only_who_holds_the_lease_may_commit(tmp_path):
+    answers = [True, False]
+    assert alone(tmp_path, rank=1).may_commit()
+    steering = alone(tmp_path, lease=SimpleNamespace(is_lost=False, is_mine=lambda: answers.pop(0)))
+    assert steering.may_commit() and not steering.may_commit()
+
+
 # ---- over ranks -----------------------------------------------------------------------------------------------------
 
 
