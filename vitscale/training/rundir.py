@@ -103,6 +103,7 @@ def require_shared_directory(run: Path, cluster: Cluster) -> None:
     nonce = from_rank_zero(uuid.uuid4().hex)
     path = run / ".nonce"
     if cluster.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
         write_bytes(path, nonce.encode())
     barrier()
     sees = path.is_file() and path.read_text() == nonce
