@@ -178,6 +178,9 @@ class RunConfig:
     log_every: int | str = watching(50)
     eval_every: int | str = watching("10%")
     save_every: int | str = watching("10%")
+    """auto: as often as loses the least time, from what a save costs and `failures_per_host_day` (Young 1974, Daly 2006)."""
+    failures_per_host_day: float = watching(0.0065)
+    """Failures that end the job, per host of eight GPUs and day; the default is Meta's RSC (Kokolis et al. 2024)."""
     attention_every: int | str = watching(0)
     """Attention of the first evaluation images (without any: of training images) to TensorBoard; 0: never."""
     keep_last: int = watching(2)
@@ -196,6 +199,8 @@ class RunConfig:
             seconds_of(self.stop_after)
         except ValueError as error:
             raise ValueError(f"run.stop_after: {error}") from None
+        if not self.failures_per_host_day > 0:
+            raise ValueError(f"run.failures_per_host_day must be above 0, got {self.failures_per_host_day}")
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"

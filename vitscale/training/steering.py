@@ -112,7 +112,7 @@ class Steering:
             signal.signal(number, signal.SIG_IGN if is_leaving else handler)
 
     def note_save(self, seconds: float) -> None:
-        """A save took so long; the time limit leaves room for the longest."""
+        """A save took so long; the time limit leaves room for two of the longest, as one may be on its way by then."""
         self._longest_save_s = max(self._longest_save_s, seconds)
 
     def may_commit(self) -> bool:
@@ -171,7 +171,7 @@ class Steering:
             if self._rank == 0:
                 stop, save = self._look_at_files()
                 why = max(why, stop)
-        if self._limit_s is not None and now_s + self._longest_step_s + self._longest_save_s >= self._limit_s:
+        if self._limit_s is not None and now_s + self._longest_step_s + 2 * self._longest_save_s >= self._limit_s:
             why = max(why, Why.TIME_LIMIT)
         if self._lease is not None and self._lease.is_lost:
             why = Why.LEASE_LOST

@@ -72,6 +72,8 @@ class World:
         self.slots: list[tuple[int, int]] = []
         self.lines: list[dict[str, Any]] = []
         self.saved: list[TrainState] = []
+        self.waits: list[int] = []
+        """How many acts came before each wait for the saver."""
         self.rank, self.world = 0, ranks
         self.accumulation_steps = accumulation
         self.last_step_skipped = False
@@ -146,7 +148,17 @@ class World:
         self.acts.append("evaluate")
         return SCORES
 
-    def save(self, state: TrainState) -> None:
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def poll(self) -> None:
+        pass
+
+    def wait(self, *, required: bool = False) -> None:
+        assert required
+        self.waits.append(len(self.acts))
+
+    def begin(self, state: TrainState) -> None:
         self.acts.append(("save", state.step))
         self.saved.append(replace(state))
 
@@ -170,7 +182,7 @@ def run(
         stream=world.stream(),
         lr_at_step=lambda step: step / 10,
         evaluate=world.evaluate if evaluates else None,
-        save=world.save,
+        saver=world,
         metrics=fake if writes else None,
         steering=steering,
     )
@@ -355,6 +367,7 @@ def test_a_stop_saves_the_step_that_has_ended_and_begins_no_other():
     assert world.saved == [TrainState(step=1, position=12, images_seen=12)]
     assert world.acts[0:2] == ["train mode", "heard from now on"]
     assert world.acts[-4:] == [("log", 1), ("save", 1), ("obeyed", 1, True), "not heard any more"]
+    assert world.waits == [len(world.acts) - 2], "it is on the disk before anybody is told that it is saved"
 
 
 def test_a_stop_at_a_saved_step_saves_nothing_twice_and_comes_after_the_evaluation():
@@ -377,6 +390,7 @@ def test_an_order_to_save_changes_nothing_but_that_it_is_saved():
     assert [state.step for state in asked.saved] == [1, 3, 4]
     assert asked.lines[0]["loss"] == quiet.lines[0]["loss"] and asked.saved[1:] == quiet.saved
     assert [act[1] for act in asked.acts if act[0] == "obeyed"] == [1, 3]
+    assert asked.waits == [len(asked.acts) - 1], "training does not wait, but the last save is waited for before a signal kills"
 
 
 def test_bad_images_are_settled_before_an_ordered_save(told_by_all):
