@@ -1,7 +1,8 @@
 """What becomes of a training that is asked to stop: every way to ask, and what the launchers make of it.
 
-    python -m tests.measure.stopping [forked] [launcher]        prints one or both tables
+    python -m tests.measure.stopping [cost] [forked] [launcher]        prints all of it, or some
 
+cost      what the agreement at the end of each step takes on two ranks
 forked    two ranks started by the test program: signals, stop file and time limit, with and without data workers. After each
           the same command goes on to the end, and its curve is compared with that of an undisturbed run.
 launcher  `deepspeed --num_gpus 2 launch/pretrain.py`, alone and under launch/supervise.py. One training without end is
@@ -10,6 +11,7 @@ launcher  `deepspeed --num_gpus 2 launch/pretrain.py`, alone and under launch/su
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,9 +22,12 @@ from pathlib import Path
 from launch.supervise import newest_checkpoint
 from tests.helpers import stopping
 from tests.helpers.program import Program, curve, run
+from tests.helpers.ranks import run_ranks
 from tests.helpers.stopping import ARGUMENTS, ENDLESS, STEPS, Outcome, asked_to_stop, is_undisturbed, outcome_of, signal_to
+from vitscale.base.cluster import Cluster
 from vitscale.base.host import Process, ancestors, descendants, process_of
 from vitscale.base.launchers import program_of
+from vitscale.training.steering import Steering
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -31,7 +36,11 @@ ALIVE_AFTER_S = 60.0
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["forked", "launcher"]
+    wanted = sys.argv[1:] or ["cost", "forked", "launcher"]
+    if "cost" in wanted:
+        print_cost()
+    if not {"forked", "launcher"} & set(wanted):
+        return
     with tempfile.TemporaryDirectory() as scratch:
         quiet = Path(scratch) / "quiet"
         run("pretrain", "--run", quiet, *ARGUMENTS, said=Path(scratch) / "quiet.txt", world=2)
@@ -47,6 +56,35 @@ def main() -> None:
 
 def print_row(*cells: object) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+# ---- the price ------------------------------------------------------------------------------------------------------
+
+CALLS = 3000
+
+
+def print_cost() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        times_us = run_ranks(2, times_of_agreements, Path(directory))[0]
+    median, ninety, ninety_nine = (statistics.quantiles(times_us, n=100)[share - 1] for share in (50, 90, 99))
+    print(f"agreeing, 2 ranks, {CALLS} times: median {median:.0f} us, 90 % {ninety:.0f} us, 99 % {ninety_nine:.0f} us")
+
+
+def times_of_agreements(cluster: Cluster, directory: Path) -> list[float]:
+    """Microseconds of each agreement, with a launcher to look at and a look that is due at every tenth one."""
+    me = process_of(os.getpid())
+    assert me is not None
+    clock = iter(range(10 * CALLS))
+    steering = Steering(
+        directory, rank=cluster.rank, total_steps=1 << 30, launchers=[me], clock=lambda: next(clock) / 10, seconds_left=1e9
+    )
+    steering.agree(0)
+    times_us = []
+    for step in range(CALLS):
+        started_s = time.perf_counter()
+        steering.agree(step)
+        times_us.append(1e6 * (time.perf_counter() - started_s))
+    return times_us
 
 
 # ---- ranks alone ----------------------------------------------------------------------------------------------------
