@@ -65,7 +65,7 @@ def test_the_time_limit_is_kept_and_the_next_start_goes_on(tmp_path, quiet):
     first = asked_to_stop(place, stopping.nothing, ENDLESS, "run.stop_after=8s", said=tmp_path / "a.txt", steps=1)
     assert first.codes == [76, 76] and first.steps_lost == 0, (tmp_path / "a.txt").read_text()
     assert "time limit" in first.status["reason"]
-    second = asked_to_stop(place, stop_file(place), ENDLESS, said=tmp_path / "b.txt")
+    second = asked_to_stop(place, stop_file(place), ENDLESS, "run.stop_after=0", said=tmp_path / "b.txt")
     assert second.codes == [76, 76] and second.saved >= first.saved + 3
     assert is_undisturbed(place, quiet)
 

@@ -105,7 +105,7 @@ def forked_row(scratch: Path, quiet: Path, name: str, workers: int, ask: object,
         steps = 1 if more else 3
         outcome = asked_to_stop(place, ask, count, *more, said=said, steps=steps)  # type: ignore[arg-type]
         if more:  # it has no end: a few steps more show that it goes on
-            asked_to_stop(place, lambda program: (place / "stop").touch(), count, ENDLESS, said=said)
+            asked_to_stop(place, lambda program: (place / "stop").touch(), count, ENDLESS, "run.stop_after=0", said=said)
         else:
             run("pretrain", "--run", place, *ARGUMENTS, count, said=said, world=2)
         is_equal = is_undisturbed(place, quiet) and (bool(more) or len(curve(place)) == STEPS)
