@@ -111,8 +111,8 @@ def run_main(main: Callable[[], None]) -> None:
         ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ]
         is_rank_zero = not ranks or ranks[0] == "0"
         if error.is_said:
-            _leave(error.exit_code)
-        if is_rank_zero or error.every_rank_speaks:
+            pass
+        elif is_rank_zero or error.every_rank_speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANK_WAIT_S)
