@@ -254,7 +254,8 @@ KINDS = {
         optim.eps optim.momentum optim.moment_dtype optim.adam_lr optim.clip
         train.length train.seed train.precision train.objective train.label_smoothing train.masked_classes train.head_bias
         train.dropout train.mixup train.cutmix train.mix_group train.ema train.drop_path train.drop_path_rule
-        train.resolutions train.init_sha256
+        train.resolutions train.skip_steps train.spike_sigmas train.rollback_skips train.rollback_window
+        train.rollback_jump train.rollbacks_max train.init_sha256
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
@@ -263,7 +264,7 @@ KINDS = {
     "machine": """data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights
         train.branch""",
     "watching": """run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every run.parity
-        run.histograms_every""",
+        run.histograms_every run.integrity_every""",
 }
 
 

@@ -21,6 +21,8 @@ POINTS = (
     "checkpoint.commit",
     "checkpoint.rename",
     "checkpoint.latest",
+    "rollback.recorded",
+    "rollback.deleted",
     "step.end",
 )
 ACTIONS = ("kill", "stop", "raise")

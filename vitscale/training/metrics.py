@@ -2,7 +2,8 @@
 
 Rank 0 is the only writer. metrics.jsonl has one JSON line per logged step, values of that very step; evaluations are
 lines of their own. events.jsonl has one line per event, such as an image that turned out to be bad, with its step.
-After a resume both hold each step once: lines past the restored step are dropped before the first new one.
+After a resume both hold each step once: lines past the restored step are dropped before the first new one. Only events that
+tell what happened to the run itself stay.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ GROUP_OF = {
     **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
 }
 """Group of a number in TensorBoard; all others are of the group train."""
+STAYING = ("rollback", "corrupt")
+"""Events that are no part of any step's account: a resume from before them keeps them."""
 
 
 class Metrics:
@@ -58,12 +61,18 @@ class Metrics:
     def open(self, restored_step: int) -> None:
         """Drop what lies past the restored step, then open for appending."""
         drop_lines_past(self.path, restored_step)
-        drop_lines_past(self.events_path, restored_step)
+        drop_lines_past(self.events_path, restored_step, staying=STAYING)
         self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=restored_step + 1)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._events = open(self.events_path, "a", buffering=1)  # noqa: SIM115
         self._log = open(self.run / "log.txt", "a", buffering=1)  # noqa: SIM115
         self._started_at_s, self._started_step = self.clock(), restored_step
+
+    def reopen(self, restored_step: int) -> None:
+        """The same after a rollback, in mid-run."""
+        self.close()
+        self._saved_step = restored_step
+        self.open(restored_step)
 
     def log_step(self, line: dict[str, Any]) -> None:
         """One logged step: to the file, to TensorBoard, and now and then to the screen."""
@@ -125,9 +134,9 @@ class Metrics:
         """Events in their order, each with its "step" and "event"; on the disk when this returns."""
         now_s = self.clock()
         for event in events:
-            self._events.write(json.dumps({**event, "at_unix_s": now_s}) + "\n")
+            self._events.write(json.dumps(_finite({**event, "at_unix_s": now_s})) + "\n")
         os.fsync(self._events.fileno())
-        if not self._has_spoken_of_events:
+        if not self._has_spoken_of_events and any(event["event"] == "bad_image" for event in events):
             self._has_spoken_of_events = True
             self.say(f"an image was bad and another was shown in its place; {self.events_path} names every one")
 
@@ -193,11 +202,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_lines_past(path: Path, step: int) -> None:
-    """Rewrite the file without the lines of later steps and without torn ones."""
+def drop_lines_past(path: Path, step: int, *, staying: Sequence[str] = ()) -> None:
+    """Rewrite the file without the lines of later steps, but for events that stay, and without torn ones."""
     if not path.is_file():
         return
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in staying]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
