@@ -181,7 +181,7 @@ def carry_out(job: Job) -> None:
     if saved is not None:
         state = load_checkpoint(engine, saved)
     else:
-        state = load_parent(engine, job.parent) if job.parent is not None else TrainState()
+        state = load_parent(engine, job.parent, config) if job.parent is not None else TrainState()
     state, rollbacks = taken_up(job.run, state, rank=job.cluster.rank)
     metrics = None
     if job.cluster.rank == 0:
@@ -242,10 +242,10 @@ def carry_out(job: Job) -> None:
                 guard=guard_of(job, engine, state),
                 check_replicas=integrity.check_when_due,
             )
-        except RollBack as order:
+        except RollBack as wanted:
             stream.close()
             state, rollbacks = roll_back(
-                engine, job.run, order, train=config.train, global_batch=config.optim.global_batch, say=complain
+                engine, job.run, wanted, train=config.train, global_batch=config.optim.global_batch, say=complain
             )
             if metrics is not None:
                 metrics.reopen(state.step)

@@ -107,11 +107,12 @@ def checksums(tensors: Iterator[tuple[str, Tensor]]) -> tuple[list[str], Tensor]
 def checksum(tensor: Tensor) -> Tensor:
     """Sum of the bytes as 64-bit integers, the last few that fill none added as they are; int64, on the tensor's device."""
     octets = tensor.detach().reshape(-1).view(torch.uint8)
-    whole = len(octets) // WORD_BYTES * WORD_BYTES
-    total = octets[whole:].sum(dtype=torch.int64)
+    end = len(octets) // WORD_BYTES * WORD_BYTES
     if octets.storage_offset() % WORD_BYTES == 0:
-        return total + octets[:whole].view(torch.int64).sum()
-    # A parameter may lie anywhere in a flat buffer, and torch sees integers only at multiples of their size.
-    for chunk in octets[:whole].split(CHUNK_BYTES):
-        total = total + chunk.clone().view(torch.int64).sum()
-    return total
+        sums = [octets[:end].view(torch.int64).sum()]
+    else:
+        # A parameter may lie anywhere in a flat buffer, and torch sees integers only at multiples of their size.
+        sums = [chunk.clone().view(torch.int64).sum() for chunk in octets[:end].split(CHUNK_BYTES)]
+    if end < len(octets):
+        sums.append(octets[end:].sum(dtype=torch.int64))
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0]

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ GROUP_OF = {
     **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
 }
 """Group of a number in TensorBoard; all others are of the group train."""
-STAYING = ("rollback", "corrupt")
-"""Events that are no part of any step's account: a resume from before them keeps them."""
+LASTING_EVENTS = ("corrupt", "rollback")
+"""What happened to the run or its machines: a resume from before keeps it."""
 
 
 class Metrics:
@@ -61,7 +61,7 @@ class Metrics:
     def open(self, restored_step: int) -> None:
         """Drop what lies past the restored step, then open for appending."""
         drop_lines_past(self.path, restored_step)
-        drop_lines_past(self.events_path, restored_step, staying=STAYING)
+        drop_lines_past(self.events_path, restored_step)
         self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=restored_step + 1)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
         self._events = open(self.events_path, "a", buffering=1)  # noqa: SIM115
@@ -202,11 +202,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_lines_past(path: Path, step: int, *, staying: Sequence[str] = ()) -> None:
-    """Rewrite the file without the lines of later steps, but for events that stay, and without torn ones."""
+def drop_lines_past(path: Path, step: int) -> None:
+    """Rewrite the file without the lines of later steps, but for events that last, and without torn ones."""
     if not path.is_file():
         return
-    kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in staying]
+    kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in LASTING_EVENTS]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 

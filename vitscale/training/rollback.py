@@ -79,13 +79,13 @@ def taken_up(run: Path, state: TrainState, *, rank: int) -> tuple[TrainState, li
 
 
 def roll_back(
-    engine: Engine, run: Path, order: RollBack, *, train: TrainConfig, global_batch: int, say: Callable[[str], None]
+    engine: Engine, run: Path, wanted: RollBack, *, train: TrainConfig, global_batch: int, say: Callable[[str], None]
 ) -> tuple[TrainState, list[Record]]:
     """Restore the newest valid checkpoint that is older than the first bad step; where the run goes on, and the records.
 
     Raises DivergedError when the run has gone back train.rollbacks_max times, or has nothing to go back to. Collective.
     """
-    bad = order.state.bad_steps
+    bad = wanted.state.bad_steps
     known: list[Record] = from_rank_zero(read_rollbacks(run) if engine.rank == 0 else None)
     cause = f"steps {', '.join(map(str, bad))} went bad (non-finite numbers or loss spikes, see events.jsonl)"
     if len(known) >= train.rollbacks_max:
@@ -101,21 +101,21 @@ def roll_back(
         )
     kept = [record for record in known if record["to_step"] <= saved.state.step]
     record = {
-        "rollback_at_step": order.state.step,
+        "rollback_at_step": wanted.state.step,
         "to_step": saved.state.step,
         "from_position": jumped(saved.state, kept).position,
-        "to_position": order.state.position + train.rollback_jump * global_batch,
+        "to_position": wanted.state.position + train.rollback_jump * global_batch,
     }
     if engine.rank == 0:
         events = read_lines(run / "events.jsonl")
         skipped = [event for event in events if event["event"] == "skipped_step" and event["step"] in bad]
         write_json(run / ROLLBACKS, [*kept, {**record, "skipped": skipped}])
-        fault_point("rollback.recorded", rank=0, step=order.state.step)
+        fault_point("rollback.recorded", rank=0, step=wanted.state.step)
         for path in candidates(run / "checkpoints"):
             if int(path.name.removeprefix("step-")) > saved.state.step:
                 _delete(path)
     barrier()
-    fault_point("rollback.deleted", rank=engine.rank, step=order.state.step)
+    fault_point("rollback.deleted", rank=engine.rank, step=wanted.state.step)
     return taken_up(run, load_checkpoint(engine, saved), rank=engine.rank)
 
 
