@@ -110,13 +110,12 @@ class Guard:
         loss = self._loss.item()
         if self._engine.last_step_skipped:
             why = self._why(state.step, loss)
-            if metrics is not None:
-                metrics.log_events([self._event(state, why, loss)])
-                metrics.say(
-                    f"step {state.step} was skipped ({why}): its loss was {loss:.4f}; {metrics.events_path} names its images"
-                )
             # Overflows are how fp16 finds its loss scale, and the engine ends a run that cannot find one.
-            if why in ("loss", "spike") or (why == "gradient" and self._train.precision != "fp16"):
+            is_overflow = why == "gradient" and self._train.precision == "fp16"
+            if metrics is not None:
+                metrics.log_events([self._event(state, why, loss, names_images=not is_overflow)])
+                metrics.say(f"step {state.step} was skipped ({why}), its loss was {loss:.4f}; see {metrics.events_path}")
+            if why != "told" and not is_overflow:
                 state.bad_steps = [*state.bad_steps, state.step]
         else:
             assert math.isfinite(loss) and loss <= self._limit and state.step not in self._told
@@ -137,7 +136,7 @@ class Guard:
             return "loss"
         return "spike" if loss > self._limit else "gradient"
 
-    def _event(self, state: TrainState, why: str, loss: float) -> dict[str, Any]:
+    def _event(self, state: TrainState, why: str, loss: float, *, names_images: bool) -> dict[str, Any]:
         first, end = state.position - self._global_batch, state.position
         return {
             "step": state.step,
@@ -148,7 +147,7 @@ class Guard:
             "grad_norm": self._engine.grad_norm(),
             "first_position": first,
             "end_position": end,
-            "images": self._names_of(first, end),
+            "images": self._names_of(first, end) if names_images else None,
         }
 
 

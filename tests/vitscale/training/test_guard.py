@@ -131,8 +131,8 @@ def test_three_bad_steps_within_the_window_send_the_run_back():
 
 def test_overflows_by_which_fp16_finds_its_scale_send_nobody_back():
     state = TrainState()
-    drive({}, 6, state=state, is_gradient_bad={1, 2, 3, 4}, precision="fp16")
-    assert state.skipped == 4 and state.bad_steps == []
+    _, written = drive({}, 6, state=state, is_gradient_bad={1, 2, 3, 4}, precision="fp16")
+    assert state.skipped == 4 and state.bad_steps == [] and [event["images"] for event in written.events] == [None] * 4
     with pytest.raises(RollBack):
         drive({}, 6, state=TrainState(), is_gradient_bad={1, 2, 3, 4}, precision="bf16")
 
@@ -168,7 +168,7 @@ def trained(engine: Any, config: Any, bad: dict[int, str], state: TrainState) ->
         engine.set_lr(1e-2)
         for k in range(engine.accumulation_steps):
             part = slice(k * micro, (k + 1) * micro)
-            loss = F.cross_entropy(engine(pixels[part]).float(), labels[part])
+            loss = F.cross_entropy(engine(pixels[part].to(engine.input_dtype)).float(), labels[part])
             reported = loss.detach()
             what = bad.get(state.step + 1)
             # The first micro-batch of the last rank alone, but for the factor, which all images of a bad batch would show.
