@@ -73,6 +73,8 @@ class Integrity:
 def differing_replicas(engine: Engine) -> dict[str, list[int]]:
     """Tensors whose copies differ, each with the ranks that hold wrong ones: all ranks where nobody can tell. Collective."""
     names, sums = checksums(engine.replicas())
+    if not names:  # stage 3 may keep nothing gathered
+        return {}
     rows = torch.empty(engine.world * len(names), dtype=torch.int64, device=engine.device)
     torch.distributed.all_gather_into_tensor(rows, sums)
     by_rank = rows.view(engine.world, len(names))
@@ -100,7 +102,8 @@ def minority(values: Sequence[int]) -> list[int]:
 def checksums(tensors: Iterator[tuple[str, Tensor]]) -> tuple[list[str], Tensor]:
     """(names, int64 checksums on the device, in the same order)."""
     named = [(name, checksum(tensor)) for name, tensor in tensors]
-    return [name for name, _ in named], torch.stack([value for _, value in named])
+    sums = torch.stack([value for _, value in named]) if named else torch.empty(0, dtype=torch.int64)
+    return [name for name, _ in named], sums
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One flipped bit in a copy that all ranks must hold equally is found, with tensor and rank; equal copies never alarm."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_engine import make, settings, train
 from vitscale.base.cluster import Cluster
-from vitscale.training.integrity import CorruptReplica, Integrity, checksum, differing_replicas, minority
+from vitscale.training.integrity import CorruptReplica, Integrity, checksum, checksums, differing_replicas, minority
 
 # ---- the checksum ---------------------------------------------------------------------------------------------------
 
@@ -44,6 +45,14 @@ def test_what_is_not_contiguous_and_scalars_have_one_too():
     matrix = torch.randn(6, 4)
     assert checksum(matrix.T).item() == checksum(matrix.T.contiguous()).item()
     assert checksum(torch.tensor(7.0)).item() == torch.tensor([7.0]).view(torch.uint8).sum().item()
+
+
+def test_without_replicas_there_is_nothing_to_compare():
+    """Stage 3 that keeps nothing gathered, and a model without buffers."""
+    names, sums = checksums(iter(()))
+    assert names == [] and sums.shape == (0,)
+    nothing: Any = SimpleNamespace(replicas=lambda: iter(()))
+    assert differing_replicas(nothing) == {}
 
 
 @pytest.mark.parametrize(
