@@ -40,6 +40,8 @@ AT_POINTS: dict[Kind, tuple[str, ...]] = {
 """What each kind does that hits at a fault point."""
 STEP_TIMEOUT = "run.step_timeout"
 """The setting without which nobody notices a stopped rank."""
+PASSED = ("checkpoint.", "data.", "evaluate.", "step.", "worker.")
+"""The fault points that every training passes."""
 SAVES_AHEAD = 3
 """How far ahead of the newest checkpoint a strike is aimed, in saves: most attempts get on, and all steps are struck."""
 _RANK_ZERO = ("checkpoint.commit", "checkpoint.rename", "checkpoint.latest")
@@ -125,7 +127,7 @@ class Draws:
 
     def _place(self, rank: int, done: int, *, prefix: str) -> str:
         """A fault point with conditions that will hold once in the rest of the run."""
-        points = [point for point in POINTS if not point.startswith("build.") and (self._workers or point != "worker.batch")]
+        points = [point for point in POINTS if point.startswith(PASSED) and (self._workers or point != "worker.batch")]
         chosen = next((point for point in self._bag if point.startswith(prefix)), None)
         if chosen is None:
             self._bag += self._random.sample(points, len(points))

@@ -43,6 +43,8 @@ POINTS = (
     "checkpoint.latest",
     "data.batch",
     "evaluate.begin",
+    "rollback.recorded",
+    "rollback.deleted",
     "step.forward",
     "step.backward",
     "step.optimizer",
