@@ -47,7 +47,7 @@ class Memory:
     """Samples of resident memory, to be taken often while attempts run."""
 
     def __init__(self) -> None:
-        self._samples: list[tuple[int, int, int, int]] = []  # attempt, steps, bytes of rank 0, bytes of its workers
+        self._samples: list[tuple[int, ...]] = []  # attempt, steps, bytes of rank 0, bytes of its workers, how many these are
         self._sessions: list[int] = []
         self._attempt = 0
         self._next_look_s = 0.0
@@ -61,12 +61,18 @@ class Memory:
         self._next_look_s = time.monotonic() + LOOK_EVERY_S
         step, workers = last_step_line(run).get("step", 0), workers_of(pid)
         if memory := resident_bytes(pid):
-            self._samples.append((self._attempt, step, memory, sum(map(resident_bytes, workers))))
+            self._samples.append((self._attempt, step, memory, sum(map(resident_bytes, workers)), len(workers)))
 
     def slope(self) -> Slope:
-        table = np.array(self._samples, np.float64).reshape(-1, 4)
-        rises = [_slope(table[:, 0], table[:, 1], table[:, column]) for column in (2, 3)]
-        return Slope(rank_0=rises[0], workers_of_rank_0=rises[1], samples=len(table))
+        table = np.array(self._samples, np.float64).reshape(-1, 5)
+        counts, often = np.unique(table[:, 4], return_counts=True)
+        # While an evaluation runs there are more workers.
+        usual = table[table[:, 4] == counts[often.argmax()]] if len(table) else table
+        return Slope(
+            rank_0=_slope(table[:, 0], table[:, 1], table[:, 2]),
+            workers_of_rank_0=_slope(usual[:, 0], usual[:, 1], usual[:, 3]),
+            samples=len(table),
+        )
 
 
 def _slope(attempts: np.ndarray, steps: np.ndarray, sizes: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ import pytest
 from launch import chaos
 from launch.evidence import Account, Evidence, differences
 from launch.leftovers import end_sessions, forsaken, of_sessions, shared_memory, temporary_files
-from launch.soak import _slope
+from launch.soak import Memory, Slope, _slope
 from launch.storm import last_step_line
 from launch.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
 from vitscale.base.errors import UsageError
@@ -123,6 +123,14 @@ def test_the_slope_of_memory_is_taken_inside_attempts():
     steps = np.concatenate([np.arange(20.0), np.arange(10.0, 30.0)])
     assert _slope(attempts, steps, 5 * steps + np.where(attempts == 1, 1e6, 3e6)) == pytest.approx(5000.0)
     assert _slope(attempts[:5], steps[:5], steps[:5]) is None
+
+
+def test_workers_of_an_evaluation_are_no_growth():
+    memory = Memory()
+    memory._samples = [(1, step, 100 + step, 400 if step % 5 == 0 else 200, 4 if step % 5 == 0 else 2) for step in range(50)]
+    slope = memory.slope()
+    assert (slope.rank_0, slope.workers_of_rank_0, slope.samples) == (pytest.approx(1000.0), 0.0, 50)
+    assert Memory().slope() == Slope(rank_0=None, workers_of_rank_0=None, samples=0)
 
 
 def test_a_process_is_found_by_its_session_and_ended(monkeypatch):
