@@ -19,6 +19,7 @@ from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
+from data_pipeline.stream import WorkerDeath, worker_pids
 from launch.branch import Parent, load_parent
 from launch.engines import evaluate_engine, make_engine, pin_attention, silent
 from launch.gate import prove_gradients
@@ -37,11 +38,14 @@ from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks
-from vitscale.training.metrics import Metrics, complain
+from vitscale.training.metrics import Metrics, append_event, complain
 from vitscale.training.objective import objective_of
+from vitscale.training.peers import Peer, lost_ranks_are_transient, meet
+from vitscale.training.preflight import require_equal_hosts
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
 from vitscale.training.schedule import Schedule
 from vitscale.training.trainer import Plan, train
+from vitscale.training.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +158,18 @@ def require_cache(job: Job) -> None:
 
 def carry_out(job: Job) -> None:
     """Run the job to its end, or continue it where its newest usable checkpoint stands."""
-    config = job.config
     device = start_ranks(job.cluster)
+    require_equal_hosts(job.cluster, say=complain)
+    peers = meet(job.cluster)
+    with lost_ranks_are_transient(peers, job.cluster.rank):
+        _carry_out(job, peers, device)
+
+
+def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
+    config = job.config
     require_shared_directory(job.run, job.cluster)
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
-    begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
+    attempt = begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
 
     initial = load_weights_of(job.source) if job.source is not None and saved is None else None
     order = order_record(config, job.train_data)
@@ -182,6 +193,14 @@ def carry_out(job: Job) -> None:
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
 
+    watch = Watch(
+        job.run,
+        attempt=attempt,
+        peers=peers,
+        rank=job.cluster.rank,
+        timeout_s=config.run.step_timeout,
+        workers=worker_pids,
+    )
     objective = objective_of(config, device=device, dtype=engine.input_dtype)
     phased = PhasedStream(
         lambda image_size, position: train_stream(
@@ -195,6 +214,7 @@ def carry_out(job: Job) -> None:
             rank=job.cluster.rank,
             world=job.cluster.world,
             position=position,
+            on_death=lambda death: _tell_of_death(job, death, step=watch.step),
         ),
         job.plan.phases,
         step=state.step,
@@ -208,7 +228,7 @@ def carry_out(job: Job) -> None:
     def evaluate() -> Scores:
         assert job.eval_data is not None
         score = functools.partial(
-            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch
+            evaluate_engine, engine, objective, job.eval_data, config=config, micro_batch=job.ds.micro_batch, watch=watch
         )
         scores, averages = score(), {}
         for decay in engine.averages.decays:
@@ -229,23 +249,25 @@ def carry_out(job: Job) -> None:
         if metrics is not None:
             metrics.log_saved(now.step)
 
-    train(
-        state,
-        plan=job.plan,
-        engine=engine,
-        objective=objective,
-        stream=stream,
-        lr_at_step=job.schedule.lr_at,
-        evaluate=evaluate if job.eval_data is not None else None,
-        save=save,
-        metrics=metrics,
-        watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
-        if job.plan.attention_every_steps
-        else None,
-        watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
-        if job.plan.histograms_every_steps
-        else None,
-    )
+    with watch:
+        train(
+            state,
+            plan=job.plan,
+            engine=engine,
+            objective=objective,
+            stream=stream,
+            lr_at_step=job.schedule.lr_at,
+            evaluate=evaluate if job.eval_data is not None else None,
+            save=save,
+            metrics=metrics,
+            watch=watch,
+            watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
+            if job.plan.attention_every_steps
+            else None,
+            watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
+            if job.plan.histograms_every_steps
+            else None,
+        )
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
     if job.eval_data is not None and not last_scores:
@@ -263,6 +285,13 @@ def carry_out(job: Job) -> None:
         mark_finished(job.run, record)
     engine.close()
     leave_ranks()
+
+
+def _tell_of_death(job: Job, death: WorkerDeath, *, step: int) -> None:
+    """On the rank whose worker died: the stream has put another in its place."""
+    complain(f"rank {job.cluster.rank} on {job.cluster.host}, step {step}: {death}; its workers were started anew")
+    where = {"rank": job.cluster.rank, "host": job.cluster.host}
+    append_event(job.run, {"step": step, "event": "worker_died", **where, **dataclasses.asdict(death)})
 
 
 def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:

@@ -187,12 +187,17 @@ class RunConfig:
     """Prove the gradients of a configuration against plain torch before its first start, on a reduced twin; or never."""
     histograms_every: int | str = watching(0)
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
+    step_timeout: float = watching(600.0)
+    """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
+    than the compilation in the first step, and than the writing of the largest file of a checkpoint."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"
             )
+        if self.step_timeout < 0:
+            raise ValueError(f"run.step_timeout must be >= 0 seconds, got {self.step_timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from vitscale.base.files import write_bytes, write_json
 from vitscale.base.progress import bytes_in_words, in_words
 
+LASTING_EVENTS = ("hung", "worker_died")
 CONSOLE_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 5.0
 GROUP_OF = {
@@ -193,11 +194,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def append_event(run: Path, event: dict[str, Any]) -> None:
+    """One event that happened to the machine, by any rank: such an event is no part of what a resume does again."""
+    with open(run / "events.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps({**event, "at_unix_s": time.time()}) + "\n").encode())
+        os.fsync(file.fileno())
+
+
 def drop_lines_past(path: Path, step: int) -> None:
-    """Rewrite the file without the lines of later steps and without torn ones."""
+    """Rewrite the file without the lines of later steps and without torn ones; what happened to the machine is kept."""
     if not path.is_file():
         return
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in LASTING_EVENTS]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
