@@ -1,7 +1,7 @@
 """Which rank is late? What the ranks of a hung run report about themselves, and the one answer that follows. Pure.
 
 A rank that reports nothing is late: it is stopped, or its host is cut off. Where all have reported, the late one is not among
-those that wait in a collective, and has got least far. Where nobody is behind, the network is to blame.
+those that wait in a collective, and has got least far. Where all wait, the network does not carry what they sent.
 """
 
 import dataclasses
@@ -116,8 +116,8 @@ def verdict_on(reports: Mapping[int, Report], peers: Sequence[Peer]) -> Verdict:
 
 def _behind(reports: Sequence[Report], *, world: int) -> list[int]:
     """Ranks that the others wait for; none where they cannot be told apart."""
-    pool = [report for report in reports if not report.waits_in] or reports
-    least = min(report.progress for report in pool)
+    pool = [report for report in reports if not report.waits_in]
+    least = min((report.progress for report in pool), default=None)
     behind = [report.rank for report in pool if report.progress == least]
     return [] if len(behind) == world > 1 else behind
 
