@@ -21,13 +21,14 @@ import torch
 
 from data_pipeline.augment import fill_eval, fill_train
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.deaths import WorkerDeath, say_death
 from data_pipeline.decode import BadImage
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS, Mixture, rank_slots
 from data_pipeline.order import Order, locate
 from data_pipeline.remote import fetched, tars_of
 from data_pipeline.storage import DamagedBytes, LocalStorage, Stored
-from data_pipeline.stream import BadSample, MicroBatch, Stream, WorkerDeath, blank_images, say_death
+from data_pipeline.stream import BadSample, MicroBatch, Stream, blank_images
 from vitscale.base.errors import BadDataError, UsageError, VitscaleError
 from vitscale.base.files import xxh3_64
 

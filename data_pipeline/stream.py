@@ -35,18 +35,14 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from vitscale.base.errors import TransientFault, VitscaleError
+from data_pipeline.deaths import HEALS_WITHIN_STEPS, Deaths, WorkerDeath, say_death
+from vitscale.base.errors import VitscaleError
 
 PREFETCH_PER_WORKER = 2
 """Micro-batches each worker keeps ready."""
 
 SLOTS_BESIDE_PREFETCH = 3
 """Slots for the micro-batch just handed over, the one before it that a loop still names, and one on its way to the GPU."""
-
-HEALS_MAX = 3
-"""Deaths of workers within 100 steps that a stream bears; more are no accident."""
-
-HEALS_WITHIN_STEPS = 100
 
 LOOK_EVERY_S = 1.0
 """How often a rank that waits for a micro-batch looks whether its workers live."""
@@ -87,26 +83,6 @@ class MicroBatch:
     """Sum modulo 2^64 over the counted images of `sample_hash`: of what was shown, stand-ins included."""
     bad_images: tuple[BadSample, ...] = ()
     """Every image of these positions that was bad."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerDeath:
-    """A data worker that ended although nobody had ended it."""
-
-    pid: int
-    exit_code: int
-    """Negative: the number of the signal that killed it."""
-
-    def __str__(self) -> str:
-        if self.exit_code >= 0:
-            return f"data worker {self.pid} ended with exit code {self.exit_code}"
-        name = signal.Signals(-self.exit_code).name
-        hint = ", as the out-of-memory killer does" if name == "SIGKILL" else ""
-        return f"data worker {self.pid} was killed by {name}{hint}"
-
-
-def say_death(death: WorkerDeath) -> None:
-    print(f"{death}; the data workers were started anew", file=sys.stderr, flush=True)
 
 
 class MicroBatches(Protocol):
@@ -154,13 +130,12 @@ class Stream:
         self._dataset = dataset
         self._lists = lists
         self._workers = workers
-        self._step_lists = step_lists
+        self._deaths = Deaths(within=HEALS_WITHIN_STEPS * step_lists)
         self._on_death = on_death
         self._refused: list[VitscaleError] = []
         self._source = _heard_again(lists, signal.pthread_sigmask(signal.SIG_BLOCK, ()), self._refused)
         self._outstanding: deque[list[int]] = deque()
         self._handed_over = 0
-        self._deaths_at: list[int] = []
         self._closed = False
         self._start_workers()
         _open_streams.add(self)
@@ -246,13 +221,7 @@ class Stream:
 
     def _heal(self, death: WorkerDeath) -> None:
         """Start all workers anew. Raises TransientFault when that was needed too often."""
-        since = self._handed_over - HEALS_WITHIN_STEPS * self._step_lists
-        self._deaths_at = [at for at in self._deaths_at if at > since] + [self._handed_over]
-        if len(self._deaths_at) > HEALS_MAX:
-            raise TransientFault(
-                f"{death}, the {len(self._deaths_at)}th within {HEALS_WITHIN_STEPS} steps; expected at most {HEALS_MAX}: see "
-                "what kills them (fewer data.workers need less memory of the host), then give the same command again"
-            )
+        self._deaths.add(death, at=self._handed_over)
         for process in self._iterator._workers:
             process.kill()  # they may wait for ever for a lock that the dead one held
         self._iterator._shutdown_workers()

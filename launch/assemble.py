@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from data_pipeline.cache import CacheTooSmall
+from data_pipeline.deaths import WorkerDeath
 from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
-from data_pipeline.stream import WorkerDeath, worker_pids
+from data_pipeline.stream import worker_pids
 from launch.branch import Parent, load_parent
 from launch.engines import evaluate_engine, make_engine, pin_attention, silent
 from launch.gate import prove_gradients

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.stream import PREFETCH_PER_WORKER, SLOTS_BESIDE_PREFETCH, MicroBatch, Stream, WorkerDeath, blank_images
+from data_pipeline.deaths import WorkerDeath
+from data_pipeline.stream import PREFETCH_PER_WORKER, SLOTS_BESIDE_PREFETCH, MicroBatch, Stream, blank_images
 from vitscale.base.errors import BadDataError, TransientFault, VitscaleError
 
 SHAPE = (3, 4, 4, 3)

@@ -11,15 +11,19 @@ it; one of all ranks adds it to events.jsonl and status.json. A late rank that w
 host: it may be stopped, hear no other signal, and must not wake up later and write. All leave with exit code 75.
 
 The thread needs nothing of the loop but the interpreter lock, which torch lets go of in collectives and waits. Where that
-lock is never free, or a file system does not answer the thread, the C thread of faulthandler ends the process after twice
-the time, with the stacks on stderr and exit code 1.
+lock is never free, or a file system does not answer the thread, the C thread of faulthandler ends the process with the
+stacks on stderr and exit code 1. A rank that is stopped altogether, and alone on its host, is killed by its guardian
+(base/guardian.py). Both come later than an answer to the others would.
 
 A rank of this host that dies is seen here too: under NCCL nothing else would tell the others for minutes.
+A process that was stopped as a whole and goes on, as by Ctrl-Z and `fg`, counts anew.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from vitscale.base import guardian
 from vitscale.base.errors import ExitCode
 from vitscale.base.files import publish, temporary_beside, write_json
 from vitscale.base.host import is_alive, is_stopped, process_of
@@ -40,6 +45,10 @@ DEATH_GRACE_S = 3.0
 """A rank that ended in order ends before its peers have noticed; they get this long to come to the same end."""
 ANSWER_S = (5.0, 60.0)
 """Least and most time for the files of the others: a tenth of the timeout. A client of NFS may see a new file late."""
+
+
+STOPPED_TICKS = 10
+"""A thread that comes this many looks late was not slow but stopped, and with it the loop."""
 
 
 class Beats(Protocol):
@@ -73,8 +82,11 @@ class Watch:
         self._place: tuple[str, int, int, float] | None = None  # one object: the thread never sees half a move
         self._step_since_s = 0.0
         self._died_at_s: dict[int, float] = {}
+        self._tick_s = min(1.0, timeout_s / 20)
+        self._answer_s = min(max(ANSWER_S[0], timeout_s / 10), ANSWER_S[1])
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
 
     def beat(self, phase: str, *, step: int | None = None, micro_batch: int = 0) -> None:
         """The loop now enters a phase of a step (the last one if none is given)."""
@@ -92,29 +104,56 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._timeout_s > 0:
-            self._thread.start()
+            self.start()
         return self
+
+    def start(self) -> None:
+        """Begin to look; `with` does it."""
+        patience_s = self._timeout_s + 2 * self._answer_s
+        sentence = (
+            f"error: {self._me.name} gave no sign of life for {patience_s:.0f} s (stopped, or its interpreter is held) and was "
+            "killed; the same command continues"
+        )
+        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(patience_s), sentence]
+        self._guardian = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self._place = None
+        self._closed.clear()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._timeout_s > 0:
             barrier()  # a rank that is through and leaves must not be taken for a dead one
         self._closed.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if self._guardian is not None:
+            self._guardian.communicate(guardian.FAREWELL)
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        while not self._closed.wait(min(1.0, self._timeout_s / 20)):
-            faulthandler.dump_traceback_later(2 * self._timeout_s, exit=True, file=2)
+        looked_at_s = time.monotonic()
+        while not self._closed.wait(self._tick_s):
+            self._give_signs_of_life()
+            before_s, now_s = looked_at_s, time.monotonic()
+            looked_at_s = now_s
             if self._place is None:
                 continue
+            if now_s - before_s > STOPPED_TICKS * self._tick_s:
+                self.beat(self._place[0], step=self._place[1], micro_batch=self._place[2])
+                continue
             self._look_for_the_dead()
-            now_s = time.monotonic()
             is_called = now_s - self._step_since_s > self._timeout_s / 2 and self.directory.is_dir()
             if is_called or now_s - self._place[3] > self._timeout_s:
                 self._end_hung()
+
+    def _give_signs_of_life(self) -> None:
+        faulthandler.dump_traceback_later(self._timeout_s + self._answer_s, exit=True, file=2)
+        assert self._guardian is not None and self._guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # without a guardian the rank goes on
+            os.write(self._guardian.stdin.fileno(), guardian.SIGN_OF_LIFE)
 
     def _look_for_the_dead(self) -> None:
         now_s = time.monotonic()
@@ -175,7 +214,7 @@ class Watch:
             publish(temporary, path)
 
     def _wait_for_reports(self, mine: Report) -> dict[int, Report]:
-        deadline_s = time.monotonic() + min(max(ANSWER_S[0], self._timeout_s / 10), ANSWER_S[1])
+        deadline_s = time.monotonic() + self._answer_s
         while True:
             reports = {**read_reports(self.directory), mine.rank: mine}
             if len(reports) == len(self._peers) or time.monotonic() > deadline_s:
