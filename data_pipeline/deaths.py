@@ -43,6 +43,6 @@ class Deaths:
         self._at = [*(earlier for earlier in self._at if earlier > at - self._within), at]
         if len(self._at) > HEALS_MAX:
             raise TransientFault(
-                f"{death}, the {len(self._at)}th within {HEALS_WITHIN_STEPS} steps; expected at most {HEALS_MAX}: see what kills "
-                "them (fewer data.workers need less memory of the host), then give the same command again"
+                f"{death}, the {len(self._at)}th within {HEALS_WITHIN_STEPS} steps; expected at most {HEALS_MAX}: see what "
+                "kills them (fewer data.workers need less memory of the host), then give the same command again"
             )

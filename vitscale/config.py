@@ -189,7 +189,7 @@ class RunConfig:
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
     step_timeout: float = watching(600.0)
     """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
-    than the compilation in the first step, and than the writing of the largest file of a checkpoint."""
+    than the compilation in the first step and than a save."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
