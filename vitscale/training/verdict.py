@@ -4,6 +4,7 @@ A rank that reports nothing is late: it is stopped, or its host is cut off. Wher
 those that wait in a collective, and has got least far. Where all wait, the network does not carry what they sent.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -72,13 +73,10 @@ def report_name(rank: int) -> str:
 def read_reports(directory: Path) -> dict[int, Report]:
     """The reports that are there, by rank."""
     reports = {}
-    try:
-        paths = sorted(directory.glob("rank-*.txt"))
-        for path in paths:
+    for path in sorted(directory.glob("rank-*.txt")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # what cannot be read has not been said
             report = _parsed(path.read_text())
             reports[report.rank] = report
-    except OSError:
-        pass  # what cannot be read has not been said
     return reports
 
 

@@ -45,8 +45,6 @@ DEATH_GRACE_S = 3.0
 """A rank that ended in order ends before its peers have noticed; they get this long to come to the same end."""
 ANSWER_S = (5.0, 60.0)
 """Least and most time for the files of the others: a tenth of the timeout. A client of NFS may see a new file late."""
-
-
 STOPPED_TICKS = 10
 """A thread that comes this many looks late was not slow but stopped, and with it the loop."""
 
@@ -116,6 +114,8 @@ class Watch:
         )
         command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), str(patience_s), sentence]
         self._guardian = subprocess.Popen(command, stdin=subprocess.PIPE)
+        assert self._guardian.stdin is not None
+        os.set_blocking(self._guardian.stdin.fileno(), False)
         self._place = None
         self._closed.clear()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -150,9 +150,9 @@ class Watch:
                 self._end_hung()
 
     def _give_signs_of_life(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout_s + self._answer_s, exit=True, file=2)
+        faulthandler.dump_traceback_later(self._timeout_s + 1.5 * self._answer_s, exit=True, file=2)
         assert self._guardian is not None and self._guardian.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # without a guardian the rank goes on
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # without a guardian the rank goes on
             os.write(self._guardian.stdin.fileno(), guardian.SIGN_OF_LIFE)
 
     def _look_for_the_dead(self) -> None:

@@ -101,5 +101,6 @@ def test_reports_come_back_from_their_files(tmp_path):
     for rank, report in reports().items():
         (tmp_path / report_name(rank)).write_text(report.as_text() + "Thread 0x1 (most recent call first):\n  File: x\n")
     (tmp_path / ".rank-00009.txt.tmp-1").write_text("half")
+    (tmp_path / "rank-00008.txt").write_text("rank: 8\nhost")
     assert read_reports(tmp_path) == reports()
     assert read_reports(tmp_path / "none") == {}
