@@ -19,11 +19,10 @@ PACKAGES = ("vitscale", "data_pipeline", "launch")
 # (without rings) or from a lower one.
 LAYERS = [
     ["launch"],
-    ["launch.command", "launch.bench_loader", "launch.bench_step", "launch.certificate"],
+    ["launch.command", "launch.bench_checkpoint", "launch.bench_loader", "launch.bench_step", "launch.certificate"],
     ["launch.peers"],
-    ["launch.estimates"],
-    ["launch.assemble"],
-    ["launch.gate"],
+    ["launch.assemble", "launch.estimates"],
+    ["launch.gate", "launch.job"],
     ["launch.engines"],
     ["launch.trained", "launch.datasets", "launch.phased", "launch.branch"],
     ["launch.arguments"],

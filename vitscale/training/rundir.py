@@ -119,9 +119,10 @@ def require_shared_directory(run: Path, cluster: Cluster) -> None:
         raise HostFault(f"hosts {', '.join(sorted(set(blind)))} do not see the run directory {run.resolve()}")
 
 
-def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, followed: list[Difference]) -> None:
-    """Record what this start runs with. Collective; rank 0 writes."""
+def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, followed: list[Difference]) -> int:
+    """Record what this start runs with; returns the number of the attempt. Collective; rank 0 writes."""
     hosts = from_all_ranks(cluster.host)
+    number = 0
     if cluster.rank == 0:
         provenance = run / "provenance"
         provenance.mkdir(exist_ok=True)
@@ -143,7 +144,7 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
         )
         write_json(run / CONFIG, to_record(config))
         write_json(run / "ds_config.json", ds.record)
-    barrier()
+    return from_rank_zero(number)
 
 
 def _data_record(data: DataConfig) -> dict[str, Any]:
