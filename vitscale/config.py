@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
+from vitscale.base.progress import seconds_of
 from vitscale.base.records import decode
 from vitscale.model.config import ModelConfig
 from vitscale.model.presets import preset, preset_names
@@ -200,6 +201,9 @@ class RunConfig:
     log_every: int | str = watching(50)
     eval_every: int | str = watching("10%")
     save_every: int | str = watching("10%")
+    """auto: as often as loses the least time, from what a save costs and `failures_per_host_day` (Young 1974, Daly 2006)."""
+    failures_per_host_day: float = watching(0.0065)
+    """Failures that end the job, per host of eight GPUs and day; the default is Meta's RSC (Kokolis et al. 2024)."""
     attention_every: int | str = watching(0)
     """Attention of the first evaluation images (without any: of training images) to TensorBoard; 0: never."""
     keep_last: int = watching(2)
@@ -210,10 +214,18 @@ class RunConfig:
     """Prove the gradients of a configuration against plain torch before its first start, on a reduced twin; or never."""
     histograms_every: int | str = watching(0)
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
+    stop_after: int | str = watching(0)
+    """Save and end (exit 76) before a start of the program is this old: seconds, or a text such as "3h50m"; 0: no limit."""
     integrity_every: int | str = watching(100)
     """Compare what all ranks must hold equally, bit for bit; also before each save. 0: never."""
 
     def __post_init__(self) -> None:
+        try:
+            seconds_of(self.stop_after)
+        except ValueError as error:
+            raise ValueError(f"run.stop_after: {error}") from None
+        if not self.failures_per_host_day > 0:
+            raise ValueError(f"run.failures_per_host_day must be above 0, got {self.failures_per_host_day}")
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from vitscale.training.engine import Engine
 from vitscale.training.guard import Screen, Unguarded
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
+from vitscale.training.steering import Steering
 
 
 class MicroBatch(Protocol):
@@ -38,6 +39,20 @@ class MicroBatch(Protocol):
     def bad_images(self) -> Sequence[Any]:
         """Dataclasses that say which images were bad and what stands in for them."""
         ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints beside the training (saving.py)."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save is due after this step, besides those at fixed steps; the same on all ranks."""
+        ...
+
+    def begin(self, state: TrainState) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def wait(self, *, required: bool = False) -> None: ...
 
 
 class UpdateWatcher(Protocol):
@@ -88,21 +103,22 @@ def train(
     stream: Iterator[MicroBatch],
     lr_at_step: Callable[[int], float],
     evaluate: Callable[[], Scores] | None,
-    save: Callable[[TrainState], None],
+    saver: Saver | None,
     metrics: Metrics | None,
     watch_attention: Callable[[int], None] | None = None,
     watch_updates: UpdateWatcher | None = None,
     guard: Screen = UNGUARDED,
     check_replicas: Callable[[int], None] = lambda step: None,
+    steering: Steering | None = None,
 ) -> None:
-    """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only.
+    """Train from `state` to the last step, or until `steering` says otherwise. Collective; `metrics` on rank 0 only.
 
     `check_replicas` is asked once in each step, after its last forward pass. Raises RollBack where `guard` does.
     """
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
     meter = _Meter(engine)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), steering or nullcontext():
         while state.step < plan.total_steps:
             meter.start()
             lr = lr_at_step(state.step)
@@ -127,7 +143,10 @@ def train(
             state.skipped += engine.last_step_skipped
             guard.settle(state, metrics)
             fault_point("step.end", rank=engine.rank, step=state.step)
-            is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
+            is_logged = due(state.step, plan.log_every_steps, plan.total_steps)
+            is_saved = saver is not None and (
+                due(state.step, plan.save_every_steps, plan.total_steps) or saver.is_due(state.step)
+            )
             if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
                 bad_images.settle(state, metrics)
             if is_logged:
@@ -145,10 +164,22 @@ def train(
             if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
                 watch_attention(state.step)
                 engine.train()
-            if is_saved:
-                save(state)
+            if saver is not None:
+                saver.poll()
+                if is_saved:
+                    saver.begin(state)
+            if steering is not None:
+                order = steering.agree(state.step)
+                if saver is not None and (order.save or order.stop) and not is_saved:
+                    bad_images.settle(state, metrics)
+                    saver.begin(state)
+                if saver is not None and order.stop:
+                    saver.wait(required=True)
+                steering.obey(order, state.step, metrics)
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
+        if saver is not None:
+            saver.wait(required=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from vitscale.base.cluster import Cluster
 from vitscale.base.files import write_json
-from vitscale.training.checkpoint import RECORD, TrainState, candidates, directory_name, sealed
+from vitscale.training.checkpoint import RECORD, SCHEMA_VERSION, TrainState, candidates, directory_name, sealed
 from vitscale.training.rollback import ROLLBACKS, finish_rollbacks, is_given_up, jumped, read_rollbacks, segment_of, taken_up
 
 
@@ -54,7 +54,7 @@ def test_a_younger_checkpoint_must_know_of_every_rollback(step, segments, given_
 def write_checkpoint(run: Path, step: int, segments: list[dict[str, int]]) -> None:
     directory = run / "checkpoints" / directory_name(step)
     directory.mkdir(parents=True)
-    record = {"schema_version": 1, "state": {"step": step, "segments": segments}, "files": []}
+    record = {"schema_version": SCHEMA_VERSION, "state": {"step": step, "segments": segments}, "files": []}
     write_json(directory / RECORD, sealed(record))
 
 
