@@ -36,6 +36,7 @@ ALIVE_AFTER_S = 60.0
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
     wanted = sys.argv[1:] or ["cost", "forked", "launcher"]
     if "cost" in wanted:
         print_cost()
