@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 
+from vitscale.base.credentials import masked
+
 
 class ExitCode(IntEnum):
     """Exit codes of every program here (design.md 4). Launchers may replace them; FINISHED.json is the truth."""
@@ -92,7 +94,7 @@ def run_main(main: Callable[[], None]) -> None:
         ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ]
         is_rank_zero = not ranks or ranks[0] == "0"
         if is_rank_zero or error.every_rank_speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {masked(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANK_WAIT_S)
         _leave(error.exit_code)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,24 @@ import xxhash
 from vitscale.base.errors import EnvironmentFault
 
 HASH_CHUNK_BYTES = 4 << 20
+
+
+_SAFE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,240}")
+
+
+def safe_name(name: object) -> bool:
+    """Whether a name that a record holds may become a file in its directory: one plain component, nothing hidden."""
+    return isinstance(name, str) and _SAFE_NAME.fullmatch(name) is not None
+
+
+def unsafe_name(names: Iterable[object]) -> str | None:
+    """The first name, as it is written in Python, that is not safe or meets another where case is ignored; None: all fine."""
+    seen = set()
+    for name in names:
+        if not safe_name(name) or (folded := str(name).casefold()) in seen:
+            return repr(name)
+        seen.add(folded)
+    return None
 
 
 def fsync_path(path: Path) -> None:

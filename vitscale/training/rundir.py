@@ -20,6 +20,7 @@ import torch
 
 from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
+from vitscale.base.credentials import masked_words
 from vitscale.base.errors import HostFault, UsageError
 from vitscale.base.files import read_json, write_bytes, write_json
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
@@ -101,7 +102,7 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
         write_json(
             provenance / f"attempt-{number:03d}.json",
             {
-                "command": sys.argv,
+                "command": masked_words(sys.argv),
                 "started_at_unix_s": time.time(),
                 "launcher": cluster.launcher,
                 "world": cluster.world,
