@@ -32,16 +32,20 @@ from vitscale.evaluation.classification import Scores
 from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
 from vitscale.model.vit import kept_images
+from vitscale.planning.cadence import between_failures_s
 from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
-from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint
+from vitscale.training.engine import from_all_ranks, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import objective_of
 from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.saving import Outcome, Retention, Saver
 from vitscale.training.schedule import Schedule
 from vitscale.training.trainer import Plan, train
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
         for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
+        if not (name == "save_every" and config.run.save_every == AUTO)
     }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
     try:
@@ -120,7 +125,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
         global_batch=config.optim.global_batch,
         log_every_steps=watch["log_every"],
         eval_every_steps=watch["eval_every"],
-        save_every_steps=watch["save_every"],
+        save_every_steps=watch.get("save_every", 0),
         attention_every_steps=watch["attention_every"],
         histograms_every_steps=watch["histograms_every"],
         bad_images_max=config.data.bad_images_max,
@@ -217,17 +222,29 @@ def carry_out(job: Job) -> None:
         last_scores.append(dataclasses.replace(scores, averages=averages))
         return last_scores[-1]
 
-    def save(now: TrainState) -> None:
-        save_checkpoint(
-            engine,
-            job.run / "checkpoints",
-            state=now,
-            data=order,
-            keep_last=config.run.keep_last,
-            keep_every=job.keep_every_steps,
+    def told(outcome: Outcome) -> None:
+        if metrics is None:
+            return
+        if outcome.complaint is None:
+            metrics.log_saved(outcome.step, blocked_s=outcome.blocked_s, flush_s=outcome.flush_s, bytes_=outcome.bytes)
+            return
+        metrics.log_trouble(
+            {"step": outcome.step, "event": "save_failed", "why": outcome.complaint},
+            f"the checkpoint of step {outcome.step} could not be saved: {outcome.complaint}; training goes on and the one "
+            "before stays; free room or mend the file system before the next save",
         )
-        if metrics is not None:
-            metrics.log_saved(now.step)
+
+    saver = Saver(
+        engine,
+        job.run / "checkpoints",
+        data=order,
+        retention=Retention(last=config.run.keep_last, every=job.keep_every_steps),
+        start_step=state.step,
+        between_failures_s=between_failures_s(len(set(from_all_ranks(job.cluster.host))), config.run.failures_per_host_day)
+        if config.run.save_every == AUTO
+        else None,
+        told=told,
+    )
 
     train(
         state,
@@ -237,7 +254,7 @@ def carry_out(job: Job) -> None:
         stream=stream,
         lr_at_step=job.schedule.lr_at,
         evaluate=evaluate if job.eval_data is not None else None,
-        save=save,
+        saver=saver,
         metrics=metrics,
         watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
         if job.plan.attention_every_steps

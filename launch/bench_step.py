@@ -148,7 +148,7 @@ def _ours(config: Config, ds: DsConfig, plan: Plan, *, device: torch.device, dat
             stream=stream,
             lr_at_step=lambda step: config.optim.peak_lr,
             evaluate=None,
-            save=lambda state: None,
+            saver=None,
             metrics=metrics,
         )
 

@@ -216,7 +216,8 @@ def derived_rows(job: Job, *, counted: Source | None = None) -> list[Row]:
         ),
         (
             "every",
-            f"log {plan.log_every_steps}, evaluate {plan.eval_every_steps}, save {plan.save_every_steps} steps; "
+            f"log {plan.log_every_steps}, evaluate {plan.eval_every_steps}, "
+            f"save {plan.save_every_steps or config.run.save_every} steps; "
             f"{f'attention {plan.attention_every_steps} steps; ' if plan.attention_every_steps else ''}"
             f"keep the last {config.run.keep_last} checkpoints",
         ),

@@ -177,6 +177,9 @@ class RunConfig:
     log_every: int | str = watching(50)
     eval_every: int | str = watching("10%")
     save_every: int | str = watching("10%")
+    """auto: as often as loses the least time, from what a save costs and `failures_per_host_day` (Young 1974, Daly 2006)."""
+    failures_per_host_day: float = watching(0.0065)
+    """Failures that end the job, per host of eight GPUs and day; the default is Meta's RSC (Kokolis et al. 2024)."""
     attention_every: int | str = watching(0)
     """Attention of the first evaluation images (without any: of training images) to TensorBoard; 0: never."""
     keep_last: int = watching(2)
@@ -189,6 +192,8 @@ class RunConfig:
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
 
     def __post_init__(self) -> None:
+        if not self.failures_per_host_day > 0:
+            raise ValueError(f"run.failures_per_host_day must be above 0, got {self.failures_per_host_day}")
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"

@@ -79,11 +79,3 @@ def test_a_run_goes_on_without_its_flags_and_refuses_other_results(tmp_path):
     said = run("pretrain", "--run", directory, "data.workers=1", "run.eval_every=0", said=tmp_path / "d.txt")
     assert "continuing after step 5" in said and "data.workers: 0 -> 1" in said
     assert [step for step, _ in curve(directory, "loss")] == list(range(1, 25))
-
-
-def test_another_world_than_the_checkpoint_is_refused(tmp_path):
-    directory = tmp_path / "r"
-    env = {"VITSCALE_FAULT": "kill@step.end:step=8"}
-    start("pretrain", "--run", directory, *SMALL, *CADENCE, said=tmp_path / "a.txt", env=env).wait()
-    said = run("pretrain", "--run", directory, said=tmp_path / "b.txt", world=2, code=2)
-    assert "was written by 1 ranks at ZeRO stage 2, this start has 2 ranks" in said

@@ -262,7 +262,8 @@ KINDS = {
     """,
     "machine": """data.path data.eval_path data.workers data.bad_images_max data.cache_dir data.cache_bytes train.init_weights
         train.branch""",
-    "watching": """run.log_every run.eval_every run.save_every run.attention_every run.keep_last run.keep_every run.parity
+    "watching": """run.log_every run.eval_every run.save_every
+        run.failures_per_host_day run.attention_every run.keep_last run.keep_every run.parity
         run.histograms_every""",
 }
 

@@ -17,6 +17,7 @@ POINTS = (
     "build.piece",
     "build.shard",
     "checkpoint.begin",
+    "checkpoint.staged",
     "checkpoint.files",
     "checkpoint.commit",
     "checkpoint.rename",

@@ -10,41 +10,36 @@ RUN/checkpoints/
   step-00001100.bad-1/            failed its own checksums; kept to look at, never loaded
   latest                          for DeepSpeed's tools only; nothing here reads it
 
-Saving: rank 0 clears every old .partial | all write | each hashes and flushes what it wrote | rank 0 writes vitscale.json,
-renames, then replaces `latest`. Loading: rank 0 lists and chooses, all ranks hash their share of the files, the highest
-step that verifies is taken. `candidates` is a pure function of the directory tree.
+  step-00001000.keep              an empty file: retention leaves that checkpoint
+
+How they are written: saving.py. Loading: rank 0 lists and chooses, all ranks hash their share of the files, the highest step
+that verifies is taken; then every rank copies what its own partitions hold, whatever world and stage wrote it (partitions.py).
+`candidates` is a pure function of the directory tree.
 """
 
 import re
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.base.faults import fault_point
-from vitscale.base.files import (
-    canonical_json,
-    fsync_path,
-    publish,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    write_bytes,
-    write_json,
-)
-from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero, versions
-from vitscale.training.partitions import averages_name, partition_map
-from vitscale.weights.tensors import load_tensors, save_tensors
+from vitscale.base.files import canonical_json, publish, read_json, sha256_bytes, sha256_file
+from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero
+from vitscale.training.partitions import StoredState, average
+from vitscale.training.pieces import Partition
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD = "vitscale.json"
 _COMMITTED = re.compile(r"step-(\d{8,})$")
 _BAD = re.compile(r"step-\d{8,}\.bad-\d+$")
 _OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|(?:partition|ema)-(\d+)\.(?:json|safetensors)$|mp_rank_")
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(kw_only=True)
@@ -93,72 +88,19 @@ def has_rejected(checkpoints: Path) -> bool:
     return checkpoints.is_dir() and any(_BAD.match(path.name) for path in checkpoints.iterdir())
 
 
-def save_checkpoint(
-    engine: Engine, checkpoints: Path, *, state: TrainState, data: dict[str, Any], keep_last: int, keep_every: int
-) -> Path:
-    """Write and commit one checkpoint; returns its directory. Collective."""
-    final = checkpoints / directory_name(state.step)
-    partial = final.with_name(final.name + ".partial")
-    if engine.rank == 0:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in [*checkpoints.glob("step-*.partial"), final]:
-            if leftover.exists():
-                shutil.rmtree(leftover)
-    barrier()
-    fault_point("checkpoint.begin", rank=engine.rank, step=state.step)
-    engine.save_files(checkpoints, partial.name)
-    write_json(partial / f"partition-{engine.rank:05d}.json", partition_map(engine))
-    if engine.averages.decays and engine.averages_of == engine.rank:
-        save_tensors(partial / averages_name(engine.rank), engine.averages.tensors())
-    barrier()
-    mine = [path for path in sorted(partial.iterdir()) if writer_of(path.name, world=engine.world) == engine.rank]
-    fault_point("checkpoint.files", rank=engine.rank, step=state.step)
-    for path in mine:
-        fsync_path(path)
-    lists = from_all_ranks([{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in mine])
-    if engine.rank == 0:
-        fault_point("checkpoint.commit", rank=0, step=state.step)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "state": asdict(state),
-            "data": data,
-            "world": engine.world,
-            "zero_stage": engine.ds.stage,
-            "groups": [
-                {key: value for key, value in group.items() if key != "params"} for group in engine.zero_optimizer.param_groups
-            ],
-            "versions": versions(),
-            "files": sorted((entry for entries in lists for entry in entries), key=lambda entry: entry["name"]),
-        }
-        write_json(partial / RECORD, sealed(record))
-        fsync_path(partial)
-        fault_point("checkpoint.rename", rank=0, step=state.step)
-        publish(partial, final)
-        fault_point("checkpoint.latest", rank=0, step=state.step)
-        write_bytes(checkpoints / "latest", final.name.encode())
-        for path in to_delete(candidates(checkpoints), keep_last=keep_last, keep_every=keep_every):
-            # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
-            shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
-    barrier()
-    return final
-
-
-def writer_of(name: str, *, world: int) -> int:
-    """The rank that wrote a file of a checkpoint: the number in its name, or 0 for what rank 0 writes for all."""
-    match = _OURS.match(name)
-    rank = int(match.group(1) or match.group(2) or 0) if match else 0
-    assert rank < world, f"{name} was written by no rank of this world"
-    return rank
-
-
-def to_delete(committed: list[Path], *, keep_last: int, keep_every: int) -> list[Path]:
+def to_delete(committed: list[Path], *, keep_last: int, keep_every: int, kept: Container[str] = ()) -> list[Path]:
     """Which committed checkpoints (highest step first) retention lets go: never the newest `keep_last`, never a
-    multiple of `keep_every`. Pure: decides by names."""
+    multiple of `keep_every`, never those named in `kept`. Pure: decides by names."""
     return [
         path
         for path in committed[max(1, keep_last) :]
-        if not (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0)
+        if not (keep_every and int(path.name.removeprefix("step-")) % keep_every == 0) and path.name not in kept
     ]
+
+
+def kept_for_ever(checkpoints: Path) -> set[str]:
+    """Names of the step directories that a file NAME.keep beside them protects from retention."""
+    return {path.stem for path in checkpoints.glob("step-*.keep")}
 
 
 def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved | None:
@@ -174,7 +116,7 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
         if saved is not None:
             return saved
         if rank == 0:
-            aside = _put_aside(path)
+            aside = put_aside(path)
             say(f"checkpoint {path.name} is not usable: {complaint}; kept as {aside.name}")
         barrier()
     if paths or rejected_before:
@@ -229,8 +171,8 @@ def verify(path: Path) -> tuple[str | None, dict[str, Any]]:
 def check_file(directory: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with one recorded file, or None."""
     path = directory / entry["name"]
-    if not path.is_file():
-        return f"{entry['name']} is missing"
+    if path.is_symlink() or not path.is_file():
+        return f"{entry['name']} is {'no regular file' if path.is_symlink() or path.exists() else 'missing'}"
     if path.stat().st_size != entry["bytes"]:
         return f"{entry['name']} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     if sha256_file(path) != entry["sha256"]:
@@ -257,13 +199,16 @@ def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
         return f"{RECORD} does not have its own recorded sha256", {}
     if directory_name(record["state"]["step"]) != path.name:
         return f"{RECORD} belongs to {directory_name(record['state']['step'])}", {}
-    # DeepSpeed and `consolidate` look for files by pattern: one too many would be read, or counted as a rank.
     recorded = {entry["name"] for entry in record["files"]}
+    if odd := sorted(name for name in recorded if not _PLAIN.fullmatch(name)):
+        return f"{RECORD} names {odd[0]!r}, which is no plain file name", {}
+    # DeepSpeed and StoredState look for files by pattern: one too many would be read, or counted as a rank.
     foreign = sorted(file.name for file in path.iterdir() if _OURS.match(file.name) and file.name not in recorded)
     return (f"{foreign[0]} is not in its record", {}) if foreign else (None, record)
 
 
-def _put_aside(path: Path) -> Path:
+def put_aside(path: Path) -> Path:
+    """Rename a step directory to a name nothing is loaded from: step-N.bad-K."""
     attempt = 1
     while (aside := path.with_name(f"{path.name}.bad-{attempt}")).exists():
         attempt += 1
@@ -272,19 +217,40 @@ def _put_aside(path: Path) -> Path:
 
 
 def load_checkpoint(engine: Engine, saved: Saved) -> TrainState:
-    """Load a verified checkpoint into the engine and return where the run stands. Collective.
+    """Load a verified checkpoint into the engine, whatever world and ZeRO stage wrote it; where the run stands. Collective.
 
-    Raises UsageError when it was written by another number of ranks, at another ZeRO stage or with other averages.
+    Every rank copies the ranges its partitions hold, of the weights, of all the optimizer keeps and of the averages, from
+    the mapped files of all ranks that held them. Raises UsageError when the averages are of other decays, EnvironmentFault
+    when the parameters are others.
     """
-    if (saved.world, saved.zero_stage) != (engine.world, engine.ds.stage):
-        raise UsageError(
-            f"{saved.directory.name} was written by {saved.world} ranks at ZeRO stage {saved.zero_stage}, "
-            f"this start has {engine.world} ranks at stage {engine.ds.stage}; start it as it was written"
-        )
-    averages = saved.directory / averages_name(engine.averages_of)
-    try:
-        engine.averages.load(load_tensors(averages) if averages.is_file() else {})
-    except ValueError as error:
-        raise UsageError(f"{saved.directory.name} does not continue with this train.ema: {error}") from None
-    engine.load_files(saved.directory.parent, saved.directory.name)
-    return saved.state
+    stored = StoredState(saved.directory)
+    shapes = {name: shape for partition in engine.partitions for name, shape in partition.shapes.items()}
+    if stored.shapes != shapes:
+        odd = sorted(stored.shapes.items() ^ shapes.items())[0][0]
+        raise EnvironmentFault(f"{saved.directory} holds the state of another model: {odd} is not in both, or of another shape")
+    decays = set(saved.record["ema"])
+    if decays != set(engine.averages.decays):
+        wanted, found = (", ".join(map(str, sorted(those))) or "none" for those in (engine.averages.decays, decays))
+        raise UsageError(f"{saved.directory.name} does not continue with this train.ema: it has {found}, the command {wanted}")
+    engine.forget_optimizer_state()
+    with torch.no_grad():
+        for partition in engine.partitions:
+            fill_partition(engine, partition, stored)
+    engine.take_up(step=saved.state.step, loss_scaler=saved.record["loss_scaler"])
+    return deepcopy(saved.state)
+
+
+def fill_partition(engine: Engine, partition: Partition, stored: StoredState) -> None:
+    """Masters, optimizer state and averages of one partition. Padding stays as it is: zero."""
+    names = [piece.name for piece in partition.pieces] or list(partition.shapes)
+    targets = {"weights": partition.master.view(-1)}
+    if keys := stored.optimizer_keys(names[0]):
+        state = engine.optimizer_state(partition)
+        targets |= {key: state[key].view(-1) for key in keys}
+        if (step := stored.optimizer_step(names[0])) is not None:
+            state["step"].fill_(step)
+    for decay in engine.averages.decays:
+        targets[average(decay)] = engine.averages.of(decay, partition.key).view(-1)
+    for piece in partition.pieces:
+        for what, target in targets.items():
+            stored.fill(target[piece.offset : piece.offset + piece.numel], piece.name, piece.start, what)

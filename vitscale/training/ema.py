@@ -7,7 +7,7 @@ An average starts as the weights the run starts from. At stages 1 to 3 a rank ke
 that costs 4 bytes x decays x parameters and no communication, and rank 0 writes them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,18 +45,13 @@ class Averages:
                 ours.copy_(theirs)
                 theirs.copy_(kept)
 
+    def of(self, decay: float, key: str) -> Tensor:
+        """The average of one partition, to be written into."""
+        return self._averages[decay][key]
+
     def tensors(self) -> dict[str, Tensor]:
         """Every average by "decay/key of its partition"."""
         return {tensor_name(decay, key): average for decay in self.decays for key, average in self._averages[decay].items()}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave. Raises ValueError when it is not of the same decays and partitions."""
-        ours = self.tensors()
-        if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in ours.items()}:
-            wanted, found = (", ".join(sorted(names)) or "none" for names in (ours, tensors))
-            raise ValueError(f"expected the averages {wanted}, found {found}")
-        for name, average in ours.items():
-            average.copy_(tensors[name])
 
 
 def tensor_name(decay: float, key: str) -> str:

@@ -30,7 +30,7 @@ from vitscale.ds_config import DsConfig
 from vitscale.training.clock import StepClock
 from vitscale.training.ema import Averages
 from vitscale.training.optim import PartitionOptimizer
-from vitscale.training.pieces import partitions_of, publish_masters
+from vitscale.training.pieces import Partition, partitions_of, publish_masters
 
 # DeepSpeed chooses its accelerator at import; on a machine without a GPU it would say so on every rank.
 if not torch.cuda.is_available():
@@ -42,15 +42,20 @@ import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import zero_to_fp32
 
 deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19.8 calls collectives by the names torch 2.13 is about to drop; it works, and users cannot change it.
 warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+RECOVERY_SCRIPT = Path(inspect.getfile(zero_to_fp32))
+"""DeepSpeed's own tool to put a checkpoint of stages 1 to 3 together; it lies beside them."""
 
 
 def start_ranks(cluster: Cluster) -> torch.device:
@@ -93,18 +98,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
 
-def from_rank_zero(value: Any) -> Any:
+def from_rank_zero(value: Any, group: Any = None) -> Any:
     """The value rank 0 has, on every rank. Collective."""
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def from_all_ranks(value: Any, group: Any = None) -> list[Any]:
     """The values of all ranks, in rank order, on every rank. Collective."""
     box: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(box, value)
+    torch.distributed.all_gather_object(box, value, group=group)
     return box
+
+
+def new_control_group() -> Any:
+    """A gloo group of all ranks for one thread of each that speaks beside the training. Collective."""
+    return torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
 
 
 def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Tensor] | None:
@@ -144,6 +154,20 @@ def _forget_stage_3() -> None:
     inspect.getclosurevars(wrapped).nonlocals["func"].cache_clear()
 
 
+class _Collected(TorchCheckpointEngine):
+    """Keeps what DeepSpeed saves instead of writing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[tuple[str, Any]] = []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """No directory either."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files.append((Path(path).name, state_dict))
+
+
 class Engine:
     """One training engine over all ranks. Every method but `set_lr` and `seed_micro_batch` is collective."""
 
@@ -159,6 +183,7 @@ class Engine:
         """`ema`: decays of the moving averages to keep (training/ema.py)."""
         self.ds = ds
         self.device = device
+        self._optimizer: Any = optimizer
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         self.accumulation_steps = ds.accumulation
@@ -318,15 +343,50 @@ class Engine:
         torch.distributed.all_reduce(total)
         return int(total.item()) % (1 << 64)
 
-    def save_files(self, directory: Path, tag: str) -> None:
-        """Let DeepSpeed write its sharded files into directory/tag, without touching `latest`."""
-        self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+    def stage_files(self, directory: Path, tag: str) -> list[tuple[str, Any]]:
+        """What DeepSpeed would write into directory/tag now, as (name, content), without writing: the tensors in it are the
+        live ones, to be copied before the next step. Collective."""
+        asked_for = _Collected()
+        own, self._engine.checkpoint_engine = self._engine.checkpoint_engine, asked_for
+        self._engine._copy_recovery_script = lambda directory: None  # written with the rest (saving.py)
+        try:
+            self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = own
+        return asked_for.files
 
-    def load_files(self, directory: Path, tag: str) -> None:
-        """Load what `save_files` wrote, at the same world size and stage. Hashes must have been verified before."""
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=tag)
-        if loaded is None:
-            raise EnvironmentFault(f"DeepSpeed found no checkpoint of rank {self.rank} in {directory / tag}")
+    def state_number(self, partition: Partition) -> int:
+        """The number of a partition in the optimizer's own state dictionary."""
+        if self.ds.stage > 0:
+            return int(partition.key)
+        tensors = [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
+        return next(number for number, tensor in enumerate(tensors) if tensor is partition.master)
+
+    def optimizer_state(self, partition: Partition) -> dict[str, Any]:
+        """What the optimizer keeps of a partition; fresh where it has not met it yet. To be written into."""
+        return self._optimizer.state[partition.master] or self._optimizer.fresh_state(partition.master)
+
+    def forget_optimizer_state(self) -> None:
+        """As before the first step."""
+        self._optimizer.state.clear()
+
+    def take_up(self, *, step: int, loss_scaler: dict[str, Any]) -> None:
+        """Go on from masters, optimizer state and averages that were written into: publish the weights, set the counters of
+        DeepSpeed and its loss scaler. Collective."""
+        if self.ds.stage > 0:
+            publish_masters(self.zero_optimizer, stage=self.ds.stage)
+        self._engine.global_steps = step
+        self._engine.global_samples = step * self._engine.train_batch_size()
+        if self._engine.fp16_enabled():
+            vars(self.zero_optimizer.loss_scaler).update(loss_scaler)
+        self._engine.zero_grad()
+
+    def loss_scaler(self) -> dict[str, Any]:
+        """Where the loss scaling of fp16 stands; empty otherwise."""
+        if not self._engine.fp16_enabled():
+            return {}
+        kept = vars(self.zero_optimizer.loss_scaler)
+        return {name: kept[name] for name in LOSS_SCALER_STATE if name in kept}
 
     def close(self) -> None:
         """Print what the communication logger has counted, and let go of all that DeepSpeed holds. Collective.

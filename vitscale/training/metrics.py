@@ -117,19 +117,29 @@ class Metrics:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
-    def log_saved(self, step: int) -> None:
-        """A checkpoint was committed."""
+    def log_saved(self, step: int, *, blocked_s: float, flush_s: float, bytes_: int) -> None:
+        """A checkpoint was committed: how long training stood still for it, and how long it was written beside."""
         self._saved_step = step
+        for name, value in (("blocked_s", blocked_s), ("flush_s", flush_s), ("bytes", bytes_)):
+            self._board.add_scalar(f"save/{name}", value, step)
+
+    def log_trouble(self, event: dict[str, Any], sentence: str) -> None:
+        """Something went wrong and training goes on: to events.jsonl (with its "step" and "event") and in words."""
+        self._write_events([event])
+        self.say(sentence)
 
     def log_events(self, events: list[dict[str, Any]]) -> None:
         """Events in their order, each with its "step" and "event"; on the disk when this returns."""
-        now_s = self.clock()
-        for event in events:
-            self._events.write(json.dumps({**event, "at_unix_s": now_s}) + "\n")
-        os.fsync(self._events.fileno())
+        self._write_events(events)
         if not self._has_spoken_of_events:
             self._has_spoken_of_events = True
             self.say(f"an image was bad and another was shown in its place; {self.events_path} names every one")
+
+    def _write_events(self, events: list[dict[str, Any]]) -> None:
+        now_s = self.clock()
+        for event in events:
+            self._events.write(json.dumps(_finite({**event, "at_unix_s": now_s})) + "\n")
+        os.fsync(self._events.fileno())
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in log.txt."""

@@ -113,7 +113,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
             for tensor in group["params"]:
                 if tensor.grad is None:
                     continue
-                state = self.state[tensor] or self._fresh_state(tensor)
+                state = self.state[tensor] or self.fresh_state(tensor)
                 if "step" in state:
                     counters.append(state["step"])
                 if self._is_muon(tensor):
@@ -132,7 +132,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
     def _is_muon(self, tensor: Tensor) -> bool:
         return any(self._roles[name].rule == "muon" for name in self._partitions[id(tensor)].shapes)
 
-    def _fresh_state(self, tensor: Tensor) -> dict[str, Tensor]:
+    def fresh_state(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Make the state of a tensor that has not been stepped yet."""
         state = self.state[tensor]
         state["exp_avg"] = torch.zeros_like(tensor, dtype=self._moment_dtype)
         if self.optim.optimizer in ("adamw", "muon") and not self._is_muon(tensor):

@@ -39,6 +39,20 @@ class MicroBatch(Protocol):
         ...
 
 
+class Saver(Protocol):
+    """Writes checkpoints beside the training (saving.py)."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save is due after this step, besides those at fixed steps; the same on all ranks."""
+        ...
+
+    def begin(self, state: TrainState) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def wait(self, *, required: bool = False) -> None: ...
+
+
 class UpdateWatcher(Protocol):
     """Looks at how far a step moves the parameters."""
 
@@ -83,7 +97,7 @@ def train(
     stream: Iterator[MicroBatch],
     lr_at_step: Callable[[int], float],
     evaluate: Callable[[], Scores] | None,
-    save: Callable[[TrainState], None],
+    saver: Saver | None,
     metrics: Metrics | None,
     watch_attention: Callable[[int], None] | None = None,
     watch_updates: UpdateWatcher | None = None,
@@ -113,7 +127,10 @@ def train(
             state.images_seen += plan.global_batch
             state.skipped += engine.last_step_skipped
             fault_point("step.end", rank=engine.rank, step=state.step)
-            is_logged, is_saved = (due(state.step, n, plan.total_steps) for n in (plan.log_every_steps, plan.save_every_steps))
+            is_logged = due(state.step, plan.log_every_steps, plan.total_steps)
+            is_saved = saver is not None and (
+                due(state.step, plan.save_every_steps, plan.total_steps) or saver.is_due(state.step)
+            )
             if is_logged or is_saved or state.step % SETTLE_EVERY_STEPS == 0:
                 bad_images.settle(state, metrics)
             if is_logged:
@@ -131,10 +148,14 @@ def train(
             if watch_attention is not None and due(state.step, plan.attention_every_steps, plan.total_steps):
                 watch_attention(state.step)
                 engine.train()
-            if is_saved:
-                save(state)
+            if saver is not None:
+                saver.poll()
+                if is_saved:
+                    saver.begin(state)
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
+    if saver is not None:
+        saver.wait(required=True)
 
 
 @contextmanager

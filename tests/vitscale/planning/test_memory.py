@@ -1,6 +1,7 @@
 """Predicted bytes are those of the tensors alive beside an engine, and of the most that a micro-batch allocates."""
 
 import gc
+import time
 from itertools import accumulate
 
 import pytest
@@ -38,6 +39,7 @@ def resolved(stage: int, *overrides: str, world: int = WORLD, **zero: object) ->
 
 def alive_bytes() -> int:
     """Of every storage that a tensor or a gradient lies in, each once; what was frozen before does not count."""
+    time.sleep(0.2)  # gloo's threads let go of what they have sent a little after the wait for it has ended
     gc.collect()
     tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]

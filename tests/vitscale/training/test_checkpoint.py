@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import EnvironmentFault, UsageError
+from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import sha256_file, write_json
 from vitscale.training.checkpoint import (
     RECORD,
@@ -23,16 +23,15 @@ from vitscale.training.checkpoint import (
     directory_name,
     find_checkpoint,
     has_rejected,
-    load_checkpoint,
+    kept_for_ever,
     newest_valid,
-    save_checkpoint,
     sealed,
     to_delete,
     verify,
-    writer_of,
 )
 from vitscale.training.ema import Averages
-from vitscale.training.pieces import whole
+from vitscale.training.pieces import Partition, whole
+from vitscale.training.saving import save_checkpoint
 
 SHARD = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
@@ -118,14 +117,14 @@ DAMAGES = {
     "record missing": (lambda path: (path / RECORD).unlink(), f"{RECORD} is missing"),
     "record cut": (lambda path: os.truncate(path / RECORD, 300), f"{RECORD} is no valid JSON"),
     "record empty": (lambda path: os.truncate(path / RECORD, 0), f"{RECORD} is no valid JSON"),
-    "record of a list": (lambda path: (path / RECORD).write_text("[]"), f"{RECORD} is not a record of schema 1"),
+    "record of a list": (lambda path: (path / RECORD).write_text("[]"), f"{RECORD} is not a record of schema 2"),
     "record of another step": (
         lambda path: shutil.copy(write_step(path.parent / "other", 3) / RECORD, path / RECORD),
         f"{RECORD} belongs to step-00000003",
     ),
     "record of another schema": (
-        lambda path: write_json(path / RECORD, sealed({"schema_version": 2})),
-        f"{RECORD} is not a record of schema 1",
+        lambda path: write_json(path / RECORD, sealed({"schema_version": 1})),
+        f"{RECORD} is not a record of schema 2",
     ),
 }
 
@@ -240,17 +239,7 @@ def test_a_start_takes_the_newest_that_verifies_and_never_starts_a_damaged_run_a
     assert found["ruined again"] == (error, [])
 
 
-@pytest.mark.parametrize(("world", "stage"), [(3, 2), (2, 1)])
-def test_another_world_or_stage_is_refused_with_both(tmp_path, world, stage):
-    saved = SimpleNamespace(directory=tmp_path / "step-00000004", world=2, zero_stage=2, state=TrainState(step=4))
-    engine: Any = SimpleNamespace(world=world, ds=SimpleNamespace(stage=stage), load_files=pytest.fail)
-    with pytest.raises(UsageError) as caught:
-        load_checkpoint(engine, saved)  # type: ignore[arg-type]
-    assert "written by 2 ranks at ZeRO stage 2" in str(caught.value)
-    assert f"{world} ranks at stage {stage}" in str(caught.value)
-
-
-# ---- retention and writers ------------------------------------------------------------------------------------------
+# ---- retention ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,25 +262,13 @@ def test_retention_never_takes_the_newest_nor_the_multiples(steps, keep_last, ke
     assert gone == [Path("checkpoints") / directory_name(step) for step in deleted]
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"),
-    [
-        ("mp_rank_00_model_states.pt", 0),
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", 0),
-        ("zero_pp_rank_3_mp_rank_00_model_states.pt", 3),
-        ("bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt", 11),
-        ("partition-00007.json", 7),
-        ("ema-00009.safetensors", 9),
-        ("anything.else", 0),
-    ],
-)
-def test_each_file_is_hashed_by_the_rank_that_wrote_it(name, rank):
-    assert writer_of(name, world=12) == rank
-
-
-def test_a_file_nobody_here_wrote_stops_the_save():
-    with pytest.raises(AssertionError, match=r"partition-00002\.json was written by no rank of this world"):
-        writer_of("partition-00002.json", world=2)
+def test_a_file_beside_a_checkpoint_keeps_it(tmp_path):
+    for step in (2, 4, 6):
+        write_step(tmp_path, step)
+    (tmp_path / "step-00000002.keep").touch()
+    assert to_delete(candidates(tmp_path), keep_last=1, keep_every=0, kept=kept_for_ever(tmp_path)) == [
+        tmp_path / "step-00000004"
+    ]
 
 
 # ---- kills ------------------------------------------------------------------------------------------------------------
@@ -305,19 +282,22 @@ class SmallEngine:
         self.ds = SimpleNamespace(stage=0)
         self.partitions = [whole(name, parameter) for name, parameter in torch.nn.Linear(2, 2).named_parameters()]
         self.averages, self.averages_of = Averages(self.partitions, [0.9]), 0
-        self.zero_optimizer = SimpleNamespace(param_groups=[{"params": [], "lr": 0.1, "betas": (0.9, 0.95)}])
 
-    def save_files(self, directory: Path, tag: str) -> None:
-        (directory / tag).mkdir(exist_ok=True)
-        (directory / tag / f"zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt").write_bytes(os.urandom(1000))
-        if self.rank == 0:
-            (directory / tag / "mp_rank_00_model_states.pt").write_bytes(os.urandom(1000))
+    def stage_files(self, directory: Path, tag: str) -> list[tuple[str, Any]]:
+        own = (f"zero_pp_rank_{self.rank}_mp_rank_00_optim_states.pt", {"flat": torch.rand(250)})
+        return [own, ("mp_rank_00_model_states.pt", {"module": torch.rand(250)})] if self.rank == 0 else [own]
+
+    def state_number(self, partition: Partition) -> int:
+        return 0
+
+    def loss_scaler(self) -> dict[str, Any]:
+        return {"cur_scale": 4.0}
 
 
 def save(cluster: Cluster, checkpoints: Path, step: int, fault: str = "") -> str:
     os.environ["VITSCALE_FAULT"] = fault
     engine: Any = SmallEngine(cluster)
-    return save_checkpoint(engine, checkpoints, state=TrainState(step=step), data={"seed": 7}, keep_last=2, keep_every=0).name
+    return save_checkpoint(engine, checkpoints, state=TrainState(step=step), data={"seed": 7}, last=2).name
 
 
 @pytest.mark.slow
@@ -334,7 +314,7 @@ def test_two_ranks_commit_one_whole_checkpoint(tmp_path):
         "zero_pp_rank_1_mp_rank_00_optim_states.pt",
     ]
     assert (record["world"], record["zero_stage"], record["data"]) == (2, 0, {"seed": 7})
-    assert record["groups"] == [{"lr": 0.1, "betas": [0.9, 0.95]}]
+    assert (record["ema"], record["loss_scaler"]) == ([0.9], {"cur_scale": 4.0})
     assert record["versions"].keys() == {"python", "torch", "deepspeed"}
     assert (tmp_path / "latest").read_text() == "step-00000001"
     for step in (2, 3):
@@ -348,6 +328,7 @@ def test_two_ranks_commit_one_whole_checkpoint(tmp_path):
     [
         ("begin", 0, 1),
         ("begin", 1, 1),
+        ("staged", 1, 1),
         ("files", 0, 1),
         ("files", 1, 1),
         ("commit", 0, 1),

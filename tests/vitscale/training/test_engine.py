@@ -17,11 +17,12 @@ from vitscale.ds_config import DsConfig, resolve_ds_config
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.recipes.catalog import recipe_named
-from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
 from vitscale.training.engine import Engine, checkpoint_function
 from vitscale.training.objective import Objective
 from vitscale.training.optim import make_optimizer
 from vitscale.training.partitions import consolidate
+from vitscale.training.saving import save_checkpoint
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -96,7 +97,7 @@ def one_cell(cluster: Cluster, stage: int, precision: str, place: Path) -> dict:
     checkpoints = place / f"{cluster.world}-{stage}-{precision}"
     engine = make(config, ds)
     first = run(engine, config, range(3))
-    save_checkpoint(engine, checkpoints, state=TrainState(step=3), data={}, keep_last=1, keep_every=0)
+    save_checkpoint(engine, checkpoints, state=TrainState(step=3), data={}, last=1, every=0)
     rest = run(engine, config, range(3, STEPS))
     engine.close()
 

@@ -14,7 +14,9 @@ from vitscale.base.cluster import Cluster
 from vitscale.base.errors import DivergedError, EnvironmentFault, UsageError
 from vitscale.config import Config, apply_overrides
 from vitscale.ds_config import DsConfig, resolve_ds_config
+from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
 from vitscale.training.engine import Engine, get_accelerator
+from vitscale.training.saving import save_checkpoint
 
 GENTLE = {"initial_scale_power": 8}
 # 2^30 times a gradient of 1e-2 is above fp16's 65504, 2^8 times it is not.
@@ -58,11 +60,13 @@ def on_ranks(cluster: Cluster, place: Path) -> dict:
         config, ds = fp16_settings(stage, cluster.world, **HARSH)
         engine = engine_of(config, ds)
         first = train(engine, config, range(4))
-        engine.save_files(place, f"stage-{stage}")
+        save_checkpoint(engine, place / f"{stage}", state=TrainState(step=4), data={}, last=1)
         rest = train(engine, config, range(4, 6))
         engine.close()
         engine = engine_of(config, ds)
-        engine.load_files(place, f"stage-{stage}")
+        saved = find_checkpoint(place / f"{stage}", say=print)
+        assert saved is not None
+        load_checkpoint(engine, saved)
         again = train(engine, config, range(4, 6))
         engine.close()
 

@@ -9,9 +9,10 @@ from tests.helpers.ranks import run_ranks
 from tests.measure.matrix import LR, Cell, engine_of, loss_of, settings
 from vitscale.base.cluster import Cluster
 from vitscale.config import Config
-from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
 from vitscale.training.engine import Engine
 from vitscale.training.partitions import consolidate
+from vitscale.training.saving import save_checkpoint
 
 
 def losses(engine: Engine, config: Config, steps: range) -> list[float]:
@@ -35,7 +36,7 @@ def on_ranks(cluster: Cluster, place: Path) -> dict:
             engine = engine_of(config, ds)
             losses(engine, config, range(2))
             directory = place / f"{stage}-{offload}"
-            save_checkpoint(engine, directory, state=TrainState(step=2), data={}, keep_last=1, keep_every=0)
+            save_checkpoint(engine, directory, state=TrainState(step=2), data={}, last=1, every=0)
             rest = losses(engine, config, range(2, 4))
             engine.close()
             engine = engine_of(config, ds)

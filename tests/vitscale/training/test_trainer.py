@@ -144,7 +144,16 @@ class World:
         self.acts.append("evaluate")
         return SCORES
 
-    def save(self, state: TrainState) -> None:
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def poll(self) -> None:
+        pass
+
+    def wait(self, *, required: bool = False) -> None:
+        assert required
+
+    def begin(self, state: TrainState) -> None:
         self.acts.append(("save", state.step))
         self.saved.append(replace(state))
 
@@ -162,7 +171,7 @@ def run(
         stream=world.stream(),
         lr_at_step=lambda step: step / 10,
         evaluate=world.evaluate if evaluates else None,
-        save=world.save,
+        saver=world,
         metrics=fake if writes else None,
     )
     return state
