@@ -6,8 +6,9 @@ from pathlib import Path
 from tests.helpers import small_engine
 from tests.helpers.ranks import run_ranks
 from vitscale.base.cluster import Cluster
-from vitscale.training.checkpoint import TrainState, save_checkpoint
+from vitscale.training.checkpoint import TrainState
 from vitscale.training.engine import Engine
+from vitscale.training.saving import save_checkpoint
 
 STAGES = (0, 1, 2, 3)
 TINY = ("model.depth=1", "train.ema=[0.9]")
@@ -16,7 +17,7 @@ TINY = ("model.depth=1", "train.ema=[0.9]")
 def save(engine: Engine, checkpoints: Path, *, step: int, keep_last: int = 2) -> None:
     """One committed checkpoint. Collective."""
     state = TrainState(step=step, position=96 * step, images_seen=96 * step)
-    save_checkpoint(engine, checkpoints, state=state, data={"seed": 7}, keep_last=keep_last, keep_every=0)
+    save_checkpoint(engine, checkpoints, state=state, data={"seed": 7}, last=keep_last)
 
 
 def train_and_save(cluster: Cluster, checkpoints: Path, stage: int, steps: tuple[int, ...]) -> None:

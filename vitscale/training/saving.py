@@ -23,7 +23,7 @@ import torch
 
 from vitscale.base.errors import TransientFault
 from vitscale.base.faults import fault_point
-from vitscale.base.files import canonical_json, fsync_path, publish, sha256_file, write_bytes, write_json
+from vitscale.base.files import canonical_json, fsync_path, naming, publish, sha256_file, write_bytes, write_json
 from vitscale.planning.cadence import steps_between_saves
 from vitscale.training.checkpoint import (
     RECORD,
@@ -233,7 +233,8 @@ class Saver:
 
     def _write(self, partial: Path, writers: dict[str, Callable[[Path], None]], step: int) -> list[dict[str, Any]]:
         for name, write in writers.items():
-            write(partial / name)
+            with naming(partial / name):
+                write(partial / name)
         fault_point("checkpoint.files", rank=self._engine.rank, step=step)
         entries = []
         for name in writers:
