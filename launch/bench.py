@@ -1,6 +1,8 @@
-"""Measure what vitscale costs on this machine: `loader` compares loaders, `step` training loops, taking turns with others."""
+"""Measure what vitscale costs on this machine: `loader` compares loaders and `step` training loops, taking turns with others;
+`checkpoint` says how long training stands still for a save."""
 
 import os
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
@@ -13,6 +15,7 @@ from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.processes import default_workers
 from data_pipeline.store import is_url
 from launch.arguments import Parser
+from launch.bench_checkpoint import checkpoint_table, measure_checkpoints
 from launch.bench_loader import CEILING, OURS, Result, measure_loaders, measure_stages
 from launch.bench_step import OURS as OURS_STEP
 from launch.bench_step import PEERS as STEP_PEERS
@@ -27,6 +30,7 @@ from vitscale.base.files import write_json
 from vitscale.base.progress import bytes_in_words
 from vitscale.config import Config, apply_overrides, to_record
 from vitscale.ds_config import DsConfig, read_ds_config, resolve_ds_config
+from vitscale.model.flops import parameters
 from vitscale.recipes.catalog import recipe_named
 from vitscale.training.engine import leave_ranks, start_ranks
 from vitscale.training.trainer import Plan
@@ -38,25 +42,30 @@ loader    images per second of our stream, of the loaders of others (--peers tim
 step      seconds per step, images per second, MFU and memory of our whole training loop on random images (or those of --data),
           beside other loops (--peers bare,timm,timm-deepspeed) at the same sizes and batch, taking turns; one process
 
+checkpoint  seconds that training stands still for an asynchronous save, against one waited for; speed of a step while files are
+          written; verifying and loading, compared bit for bit; on as many ranks as it is started with
+
 examples
   python launch/bench.py loader --data shards/imagenet --workers 2 --peers timm,webdataset --json loader.json
   python launch/bench.py step --peers bare model.preset=B/16 optim.global_batch=256 ds.zero_optimization.stage=0
+  python launch/bench.py checkpoint --dir runs/here model.preset=L/16
 """
 
 
 def main() -> None:
     parser = Parser(description=__doc__ or "", epilog=EPILOG)
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="loader|step")
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="loader|step|checkpoint")
     _add_loader(kinds.add_parser("loader", description="Compare loaders over the same shards."))
     _add_step(kinds.add_parser("step", description="Compare training loops at the same model and batch."))
+    _add_checkpoint(kinds.add_parser("checkpoint", description="Save and load the state of a model."))
     options, rest = parser.parse_known_args()
-    settings = [word for word in rest if not word.startswith("-")] if options.what == "step" else []
+    settings = [word for word in rest if not word.startswith("-")] if options.what != "loader" else []
     if len(settings) < len(rest):
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in settings)}")
     if settings:  # argparse takes them only where they stand together
         options.overrides = [*options.overrides, *settings]
-    record = bench_loader(options) if options.what == "loader" else bench_step(options)
-    if options.json:
+    record = {"loader": bench_loader, "step": bench_step, "checkpoint": bench_checkpoint}[options.what](options)
+    if options.json and resolve_cluster(os.environ).rank == 0:
         write_json(options.json, {**record, "command": " ".join(["python", "launch/bench.py", *sys.argv[1:]])})
 
 
@@ -85,6 +94,16 @@ def _add_step(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
+def _add_checkpoint(parser: ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="NAME", default="digits", help="sizes and settings (default: %(default)s)")
+    parser.add_argument("--dir", metavar="DIR", type=Path, required=True, help="on the file system to measure")
+    parser.add_argument("--rounds", metavar="N", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
+    parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers here too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
 def _require(options: Namespace, **least: float) -> None:
     for name, smallest in least.items():
         if getattr(options, name) < smallest:
@@ -104,6 +123,12 @@ def _dataset(path: str) -> Manifest:
     if manifest is None or is_url(manifest.tars_at):
         raise UsageError(f"--data: expected a dataset with its tars on a disk, got {path}; copy them to one")
     return manifest
+
+
+def _settings_of(options: Namespace, *, world: int) -> tuple[Config, DsConfig]:
+    ds_overrides = [text.removeprefix("ds.") for text in options.overrides if text.startswith("ds.")]
+    config = apply_overrides(recipe_named(options.recipe), [text for text in options.overrides if not text.startswith("ds.")])
+    return config, resolve_ds_config(read_ds_config(options.deepspeed_config, ds_overrides), config=config, world=world)
 
 
 # ---- loader ---------------------------------------------------------------------------------------------------------
@@ -183,12 +208,10 @@ def bench_step(options: Namespace) -> dict[str, object]:
     cluster = resolve_cluster(os.environ)
     if cluster.world > 1:
         raise UsageError(f"bench.py step measures one process, got {cluster.world} ranks; start it with plain python")
-    ds_overrides = [text.removeprefix("ds.") for text in options.overrides if text.startswith("ds.")]
-    config = apply_overrides(recipe_named(options.recipe), [text for text in options.overrides if not text.startswith("ds.")])
+    config, ds = _settings_of(options, world=1)
     data = _dataset(options.data) if options.data else None
     if data is not None:
         require_fit(data, classes=config.model.classes)
-    ds = resolve_ds_config(read_ds_config(options.deepspeed_config, ds_overrides), config=config, world=1)
     device = start_ranks(cluster)
     results, plan = measure_steps(
         config, ds, device=device, peers=peers, data=data, seconds=options.seconds, rounds=options.rounds
@@ -240,6 +263,26 @@ def step_table(results: dict[str, StepResult], *, config: Config, plan: Plan, ds
     if ours.data_wait is not None:
         lines.append(f"ours waits {ours.data_wait:.2%} of a step for images")
     return "\n".join(lines)
+
+
+# ---- checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def bench_checkpoint(options: Namespace) -> dict[str, object]:
+    """Measure, print a table on rank 0, return the numbers of rank 0."""
+    _require(options, rounds=1)
+    cluster = resolve_cluster(os.environ)
+    config, ds = _settings_of(options, world=cluster.world)
+    place = options.dir / "bench-checkpoints"
+    if place.exists():
+        raise UsageError(f"--dir: expected no {place.name} in {options.dir} yet; delete it or give another directory")
+    device = start_ranks(cluster)
+    times = measure_checkpoints(config, ds, device=device, directory=place, rounds=options.rounds)
+    leave_ranks()
+    if cluster.rank == 0:
+        shutil.rmtree(place)
+        print(checkpoint_table(times, parameters=parameters(config.model), world=cluster.world, stage=ds.stage))
+    return {"model": to_record(config)["model"], "world": cluster.world, "ds_config": ds.record, **vars(times)}
 
 
 if __name__ == "__main__":

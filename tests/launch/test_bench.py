@@ -130,3 +130,18 @@ def test_a_wrong_word_about_steps_is_one_sentence(dataset, tmp_path):
     assert "--peers: expected some of bare, timm, timm-deepspeed, got 'keras'" in said and "Traceback" not in said
     said = run("bench", "step", "--rounds", "0", said=tmp_path / "b", code=2)
     assert "--rounds: expected at least 1, got 0" in said
+
+
+# ---- checkpoint -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_save_is_timed_and_what_comes_back_is_compared(tmp_path):
+    record_path = tmp_path / "record.json"
+    where = ("checkpoint", "--dir", tmp_path, "--rounds", "1", "--json", record_path, "model.width=32", "train.ema=[0.9]")
+    said = run("bench", *where, "ds.zero_optimization.stage=3", said=tmp_path / "said", world=2)
+    record = json.loads(record_path.read_text())
+    assert "what comes back     every bit" in said and "2 ranks, ZeRO stage 3" in said
+    assert record["equal"] is True and record["world"] == 2 and len(record["blocked_s"]) == len(record["synchronous_s"]) == 1
+    assert record["blocked_s"][0] > 0 and record["load_s"][0] > 0 and record["bytes"] > 100_000
+    assert not (tmp_path / "bench-checkpoints").exists()

@@ -43,10 +43,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import zero_to_fp32
+from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19.8 calls collectives by the names torch 2.13 is about to drop; it works, and users cannot change it.
@@ -54,6 +57,8 @@ warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecate
 
 PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+STORED_TYPES: list[Any] = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
+"""What DeepSpeed pickles into its files besides tensors and plain values."""
 RECOVERY_SCRIPT = Path(inspect.getfile(zero_to_fp32))
 """DeepSpeed's own tool to put a checkpoint of stages 1 to 3 together; it lies beside them."""
 

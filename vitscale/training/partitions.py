@@ -24,7 +24,7 @@ from torch import Tensor
 from vitscale.base.errors import EnvironmentFault
 from vitscale.base.files import read_json
 from vitscale.training.ema import tensor_name
-from vitscale.training.engine import Engine
+from vitscale.training.engine import STORED_TYPES, Engine
 from vitscale.weights.tensors import load_tensors
 
 SCHEMA_VERSION = 2
@@ -186,5 +186,7 @@ def averages_name(rank: int) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # DeepSpeed pickles its own classes into these files; they are our own and their sha256 was verified.
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    """The one place that reads DeepSpeed's files. They are our own and their sha256 was verified, and still nothing in them can
+    run: tensors, plain values and the few types DeepSpeed puts beside them, nothing else."""
+    with torch.serialization.safe_globals(STORED_TYPES):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -158,9 +158,14 @@ class Saver:
         self._thread = threading.Thread(target=self._flush, args=(partial, writers, record), name="saver", daemon=True)
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is on its way to the disk on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
     def poll(self) -> None:
         """Tell of a save that has ended meanwhile. Not collective."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._thread is not None and not self.is_writing:
             self._settle()
 
     def wait(self, *, required: bool = False) -> None:
