@@ -5,6 +5,7 @@ into that sentence and an exit code; a traceback is only ever printed for a defe
 """
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -77,6 +78,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+_DISK = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+"""Errors of the system that speak of the disk, not of us."""
+
 INTERRUPTED = 128 + signal.SIGINT
 """What a shell calls a program ended by Ctrl-C."""
 
@@ -98,6 +102,12 @@ def run_main(main: Callable[[], None]) -> None:
         else:
             time.sleep(SILENT_RANK_WAIT_S)
         _leave(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}; free room or mend the disk, then start again", file=sys.stderr, flush=True)
+        _leave(ExitCode.TRANSIENT)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from what was committed", file=sys.stderr, flush=True)
         _leave(INTERRUPTED)

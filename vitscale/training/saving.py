@@ -280,8 +280,14 @@ class Saver:
 
 def _torch_writer(content: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        with open(path, "wb") as file:  # torch's own file has no errno for a full disk
-            torch.save(content, file)
+        try:
+            with open(path, "wb") as file:  # torch's own file has no errno for a full disk
+                torch.save(content, file)
+        except RuntimeError as error:
+            # After a failed write torch still closes its archive, and complains of that instead.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     return write
 
