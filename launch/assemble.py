@@ -40,9 +40,10 @@ from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, loa
 from vitscale.training.engine import from_all_ranks, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import objective_of
-from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.rundir import Difference, begin_attempt, leased, mark_finished, require_shared_directory
 from vitscale.training.saving import Outcome, Retention, Saver
 from vitscale.training.schedule import Schedule
+from vitscale.training.steering import Steering, steering_of
 from vitscale.training.trainer import Plan, train
 
 AUTO = "auto"
@@ -159,8 +160,15 @@ def require_cache(job: Job) -> None:
 
 def carry_out(job: Job) -> None:
     """Run the job to its end, or continue it where its newest usable checkpoint stands."""
-    config = job.config
     device = start_ranks(job.cluster)
+    with leased(job.run, job.cluster) as lease:
+        stop_after, total = job.config.run.stop_after, job.plan.total_steps
+        _carry_out(job, device, steering_of(job.run, job.cluster, total_steps=total, stop_after=stop_after, lease=lease))
+    leave_ranks()
+
+
+def _carry_out(job: Job, device: torch.device, steering: Steering) -> None:
+    config = job.config
     require_shared_directory(job.run, job.cluster)
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
     begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
@@ -223,6 +231,7 @@ def carry_out(job: Job) -> None:
         return last_scores[-1]
 
     def told(outcome: Outcome) -> None:
+        steering.note_save(outcome.blocked_s + outcome.flush_s)
         if metrics is None:
             return
         if outcome.complaint is None:
@@ -244,6 +253,7 @@ def carry_out(job: Job) -> None:
         if config.run.save_every == AUTO
         else None,
         told=told,
+        may_commit=steering.may_commit,
     )
 
     train(
@@ -262,6 +272,7 @@ def carry_out(job: Job) -> None:
         watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
         if job.plan.histograms_every_steps
         else None,
+        steering=steering,
     )
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
@@ -279,7 +290,6 @@ def carry_out(job: Job) -> None:
         metrics.finish(record)
         mark_finished(job.run, record)
     engine.close()
-    leave_ranks()
 
 
 def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:

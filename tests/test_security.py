@@ -42,6 +42,8 @@ PROCESSES = {"subprocess.run", "subprocess.call", "subprocess.check_call", "subp
 
 ALLOWED = {
     ("vitscale.base.cluster", "imports socket"): "the name of this host, and of the first one of a SLURM job",
+    ("vitscale.base.host", "imports socket"): "the name of this host",
+    ("launch.supervise", "loads a native library"): "prctl of the C library that is loaded already: no file is opened",
     (
         "vitscale.training.engine",
         "torch.distributed.broadcast_object_list pickles",

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
+from vitscale.base.progress import seconds_of
 from vitscale.base.records import decode
 from vitscale.model.config import ModelConfig
 from vitscale.model.presets import preset, preset_names
@@ -190,8 +191,14 @@ class RunConfig:
     """Prove the gradients of a configuration against plain torch before its first start, on a reduced twin; or never."""
     histograms_every: int | str = watching(0)
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
+    stop_after: int | str = watching(0)
+    """Save and end (exit 76) before a start of the program is this old: seconds, or a text such as "3h50m"; 0: no limit."""
 
     def __post_init__(self) -> None:
+        try:
+            seconds_of(self.stop_after)
+        except ValueError as error:
+            raise ValueError(f"run.stop_after: {error}") from None
         if not self.failures_per_host_day > 0:
             raise ValueError(f"run.failures_per_host_day must be above 0, got {self.failures_per_host_day}")
         if self.keep_last < 1:

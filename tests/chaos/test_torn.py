@@ -56,7 +56,7 @@ def damaged_contents(content: bytes) -> Iterator[tuple[str, bytes]]:
     yield "empty", b""
     for percent in (25, 50, 99):
         yield f"cut to {percent} %", content[: size * percent // 100]
-    yield "cut by two bytes", content[:-2]
+    yield "cut by a byte", content[:-1]
     yield "a byte too long", content + b"\0"
     yield "written twice", content * 2
     yield "all zeros", bytes(size)

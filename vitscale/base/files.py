@@ -100,7 +100,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise EnvironmentFault(f"expected a file at {path}, found none") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise EnvironmentFault(f"{path} cannot be read as JSON ({error}); restore it from a copy") from None
 
 

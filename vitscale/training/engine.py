@@ -8,6 +8,7 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 """
 
 import datetime
+import functools
 import inspect
 import logging
 import os
@@ -89,6 +90,7 @@ def start_ranks(cluster: Cluster) -> torch.device:
 
 def leave_ranks() -> None:
     """Leave the process group, if there is one."""
+    control_group.cache_clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -120,6 +122,19 @@ def from_all_ranks(value: Any, group: Any = None) -> list[Any]:
 def new_control_group() -> Any:
     """A gloo group of all ranks for one thread of each that speaks beside the training. Collective."""
     return torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+
+
+@functools.cache
+def control_group() -> Any:
+    """The control group of the main thread. Collective at the first call."""
+    return new_control_group()
+
+
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """Largest of each whole number over the ranks, past the device. Collective; main thread only."""
+    largest = torch.tensor(values, dtype=torch.int64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=control_group())
+    return largest.tolist()
 
 
 def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Tensor] | None:

@@ -141,6 +141,19 @@ class Metrics:
             self._events.write(json.dumps(_finite({**event, "at_unix_s": now_s})) + "\n")
         os.fsync(self._events.fileno())
 
+    def stopped(self, step: int, reason: str) -> None:
+        """The last word about a run that was asked to stop and is saved; then close."""
+        record = {
+            "phase": "stopped",
+            "reason": reason,
+            "step": step,
+            "total_steps": self.total_steps,
+            "at_unix_s": self.clock(),
+        }
+        write_json(self.run / "status.json", record)
+        self.say(f"stopped after step {step} because {reason}; the same command continues")
+        self.close()
+
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in log.txt."""
         print(sentence, flush=True)

@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from vitscale.training.clock import StepClock
 from vitscale.training.engine import Engine
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
+from vitscale.training.steering import Steering
 
 
 class MicroBatch(Protocol):
@@ -101,12 +102,13 @@ def train(
     metrics: Metrics | None,
     watch_attention: Callable[[int], None] | None = None,
     watch_updates: UpdateWatcher | None = None,
+    steering: Steering | None = None,
 ) -> None:
-    """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
+    """Train from `state` to the last step, or until `steering` says otherwise. Collective; `metrics` on rank 0 only."""
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
     meter = _Meter(engine)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), steering or nullcontext():
         while state.step < plan.total_steps:
             meter.start()
             lr = lr_at_step(state.step)
@@ -152,10 +154,18 @@ def train(
                 saver.poll()
                 if is_saved:
                     saver.begin(state)
+            if steering is not None:
+                order = steering.agree(state.step)
+                if saver is not None and (order.save or order.stop) and not is_saved:
+                    bad_images.settle(state, metrics)
+                    saver.begin(state)
+                if saver is not None and order.stop:
+                    saver.wait(required=True)
+                steering.obey(order, state.step, metrics)
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
-    if saver is not None:
-        saver.wait(required=True)
+        if saver is not None:
+            saver.wait(required=True)
 
 
 @contextmanager

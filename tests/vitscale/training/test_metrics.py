@@ -200,6 +200,21 @@ def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path
     assert json.loads((tmp_path / "status.json").read_text()) == {"phase": "finished", "total_steps": 10, **record}
 
 
+def test_a_stopped_run_says_why_and_that_it_can_go_on(tmp_path, capsys):
+    metrics = Metrics(tmp_path, total_steps=10, clock=lambda: 1234.5)
+    metrics.open(0)
+    metrics.stopped(7, "SIGTERM came to rank 3")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "phase": "stopped",
+        "reason": "SIGTERM came to rank 3",
+        "step": 7,
+        "total_steps": 10,
+        "at_unix_s": 1234.5,
+    }
+    sentence = "stopped after step 7 because SIGTERM came to rank 3; the same command continues\n"
+    assert capsys.readouterr().out == sentence == (tmp_path / "log.txt").read_text()
+
+
 def test_trouble_goes_to_stderr(capsys):
     complain("checkpoint step-00000004 is not usable")
     assert capsys.readouterr() == ("", "checkpoint step-00000004 is not usable\n")

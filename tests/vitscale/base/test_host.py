@@ -1,0 +1,62 @@
+"""A process is told from a later one of the same pid, and the tree of processes is read as it is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from vitscale.base.host import Process, ancestors, descendants, host_id, is_alive, is_stopped, process_of, seconds_since_start
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def test_a_process_lives_until_it_has_ended_not_until_it_is_waited_for():
+    child = subprocess.Popen(SLEEP)
+    process = process_of(child.pid)
+    assert is_alive(process) and not is_stopped(process)
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert is_alive(process) and is_stopped(process)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_of(child.pid) == process and not is_alive(process)
+    child.wait()
+    assert process_of(child.pid) is None and not is_alive(process)
+
+
+def test_another_start_time_is_another_process():
+    me = process_of(os.getpid())
+    assert is_alive(me)
+    assert not is_alive(Process(pid=me.pid, started_ticks=me.started_ticks + 1))
+
+
+def test_ancestors_and_descendants_are_the_tree():
+    shell = subprocess.Popen(["sh", "-c", "sleep 60; exit 7"])
+    limit_s = time.monotonic() + 10
+    while not descendants(shell.pid) and time.monotonic() < limit_s:
+        time.sleep(0.01)
+    (sleep,) = descendants(shell.pid)
+    above = ancestors(sleep.pid)
+    assert [one.process.pid for one in above[:2]] == [shell.pid, os.getpid()]
+    assert above[0].argv == ("sh", "-c", "sleep 60; exit 7")
+    assert process_of(shell.pid) in descendants(os.getpid()) and sleep in descendants(os.getpid())
+    os.kill(sleep.pid, signal.SIGKILL)
+    assert shell.wait(10) == 7
+    assert sleep not in descendants(os.getpid())
+
+
+def test_a_name_with_brackets_and_spaces_is_only_a_name(tmp_path):
+    program = tmp_path / "a) R (b 1 2"
+    program.symlink_to(sys.executable)
+    child = subprocess.Popen([str(program), "-c", "import time; time.sleep(60)"])
+    process = process_of(child.pid)
+    assert 0 <= seconds_since_start(process) < 10 and is_alive(process)
+    assert ancestors(child.pid)[0].process.pid == os.getpid()
+    child.kill()
+    child.wait()
+
+
+def test_the_host_has_a_name_a_boot_and_a_namespace():
+    name, boot, namespace = host_id()
+    assert name == os.uname().nodename and len(boot) == 36 and namespace.startswith("pid:[")

@@ -1,0 +1,113 @@
+"""The processes of this host, as /proc shows them: which still live, and who started whom.
+
+A pid alone is no name: after the end of a process, or after a reboot, another one may carry it. What stays apart is the
+pid with the time at which the process began, inside one boot and one namespace of pids. Without /proc (no Linux) nothing
+is known: `process_of` gives None.
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One process, not to be taken for a later one of the same pid."""
+
+    pid: int
+    started_ticks: int
+    """Clock ticks from the boot to its start: field 22 of /proc/PID/stat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A process above another one, with its command line."""
+
+    process: Process
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stat:
+    state: str
+    parent: int
+    process: Process
+
+
+def host_id() -> tuple[str, str, str]:
+    """Name, boot and pid namespace of this host: where all three are equal, a pid means the same process."""
+    try:
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink(PROC / "self/ns/pid")
+    except OSError:
+        boot = namespace = ""
+    return socket.gethostname(), boot, namespace
+
+
+def process_of(pid: int) -> Process | None:
+    """The process that has this pid now; None where there is none."""
+    stat = _stat_of(pid)
+    return stat.process if stat else None
+
+
+def is_alive(process: Process) -> bool:
+    """Whether this very process still runs; one that has ended and was not waited for yet does not."""
+    stat = _stat_of(process.pid)
+    return stat is not None and stat.process == process and stat.state not in "ZX"
+
+
+def is_stopped(process: Process) -> bool:
+    """Whether SIGSTOP or a debugger holds it."""
+    stat = _stat_of(process.pid)
+    return stat is not None and stat.process == process and stat.state in "Tt"
+
+
+def ancestors(pid: int) -> list[Ancestor]:
+    """Parent, grandparent and so on of a process, up to the first one of this pid namespace."""
+    found: list[Ancestor] = []
+    stat = _stat_of(pid)
+    while stat is not None and (above := _stat_of(stat.parent)) is not None:
+        found.append(Ancestor(process=above.process, argv=_argv_of(above.process.pid)))
+        stat = above
+    return found
+
+
+def descendants(pid: int) -> list[Process]:
+    """Children, their children and so on of a process: all that live, parents before children."""
+    below: dict[int, list[_Stat]] = {}
+    for name in os.listdir(PROC):
+        stat = _stat_of(int(name)) if name.isdecimal() else None
+        if stat is not None:
+            below.setdefault(stat.parent, []).append(stat)
+    found, parents = [], [pid]
+    for parent in parents:
+        parents += [stat.process.pid for stat in below.get(parent, [])]
+        found += [stat.process for stat in below.get(parent, []) if stat.state not in "ZX"]
+    return found
+
+
+def seconds_since_start(process: Process) -> float:
+    """How long ago a process began."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.started_ticks / TICKS_PER_S
+
+
+def _stat_of(pid: int) -> _Stat | None:
+    try:
+        text = (PROC / str(pid) / "stat").read_text()
+    except (OSError, ValueError):
+        return None
+    fields = text[text.rindex(")") + 1 :].split()  # the name before it may hold anything
+    return _Stat(state=fields[0], parent=int(fields[1]), process=Process(pid=pid, started_ticks=int(fields[19])))
+
+
+def _argv_of(pid: int) -> tuple[str, ...]:
+    try:
+        content = (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(word.decode(errors="replace") for word in content.rstrip(b"\0").split(b"\0"))
