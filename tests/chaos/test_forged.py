@@ -1,5 +1,6 @@
 """A checkpoint from elsewhere, its record sealed anew by whoever changed it: nothing outside is opened, nothing in it runs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -108,6 +109,20 @@ def test_what_is_no_file_of_the_directory_itself_is_refused_unread(tmp_path, ope
     make(path / "second.pt")
     complaint, _ = verify(path)
     assert complaint is not None and "second.pt is no regular file" in complaint and "second.pt" not in opened
+
+
+def test_a_file_on_a_bad_sector_is_a_complaint(tmp_path, monkeypatch):
+    path = forged(tmp_path, "second.pt")
+    (path / "second.pt").write_bytes(CONTENT)
+    assert verify(path)[0] is None
+
+    def read(place: Path) -> str:
+        if place.name == "second.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_file(place)
+
+    monkeypatch.setattr(checkpoint, "sha256_file", read)
+    assert verify(path)[0] == "second.pt cannot be read (Input/output error)"
 
 
 @pytest.mark.parametrize(

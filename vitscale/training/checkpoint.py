@@ -172,9 +172,11 @@ def check_file(directory: Path, entry: dict[str, Any]) -> str | None:
         return f"{entry['name']} is {'no regular file' if path.is_symlink() or path.exists() else 'missing'}"
     if path.stat().st_size != entry["bytes"]:
         return f"{entry['name']} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if sha256_file(path) != entry["sha256"]:
-        return f"{entry['name']} does not have its recorded sha256"
-    return None
+    try:
+        sha256 = sha256_file(path)
+    except OSError as error:
+        return f"{entry['name']} cannot be read ({error.strerror})"
+    return None if sha256 == entry["sha256"] else f"{entry['name']} does not have its recorded sha256"
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
