@@ -20,7 +20,7 @@ from vitscale.training.checkpoint import candidates, has_rejected, newest_valid
 pytestmark = pytest.mark.slow
 
 OLDEST, PREVIOUS, NEW = "step-00000001", "step-00000002", "step-00000003"
-STAGES = (0, 2, 3)
+STAGES = (2, 3)
 
 
 class Recording(NamedTuple):

@@ -32,7 +32,7 @@ def command_lines() -> str:
 def test_no_secret_of_the_environment_is_in_a_run_in_a_crash_or_in_the_list_of_processes(tmp_path):
     directory = tmp_path / "run"
     fault = {"VITSCALE_FAULT": "raise@step.end:step=11"}
-    program = start("pretrain", "--run", directory, *TINY, said=tmp_path / "said.txt", env=SECRETS | fault)
+    program = start("pretrain", "--run", directory, *TINY, said=tmp_path / "said.txt", env=SECRETS | fault, cores=1)
     seen = ""
     while not (directory / "metrics.jsonl").exists() and "Traceback" not in program.text:
         time.sleep(0.3)
