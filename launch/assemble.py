@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.cache import CacheTooSmall
 from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
+from data_pipeline.names import names_at
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
 from launch.branch import Parent, load_parent
@@ -37,9 +39,12 @@ from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint
-from vitscale.training.engine import from_all_ranks, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.engine import Engine, from_all_ranks, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.guard import Guard, RollBack
+from vitscale.training.integrity import Integrity
 from vitscale.training.metrics import Metrics, complain
 from vitscale.training.objective import objective_of
+from vitscale.training.rollback import finish_rollbacks, roll_back, taken_up, tell
 from vitscale.training.rundir import Difference, begin_attempt, leased, mark_finished, require_shared_directory
 from vitscale.training.saving import Outcome, Retention, Saver
 from vitscale.training.schedule import Schedule
@@ -106,7 +111,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
     schedule = Schedule(optim=optim, warmup_steps=warmup, cooldown_steps=cooldown, timescale_steps=timescale, total_steps=total)
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
-        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
+        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every", "integrity_every")
         if not (name == "save_every" and config.run.save_every == AUTO)
     }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
@@ -129,6 +134,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
         save_every_steps=watch.get("save_every", 0),
         attention_every_steps=watch["attention_every"],
         histograms_every_steps=watch["histograms_every"],
+        integrity_every_steps=watch["integrity_every"],
         bad_images_max=config.data.bad_images_max,
         seed=config.train.seed,
         phases=phases,
@@ -170,6 +176,7 @@ def carry_out(job: Job) -> None:
 def _carry_out(job: Job, device: torch.device, steering: Steering) -> None:
     config = job.config
     require_shared_directory(job.run, job.cluster)
+    finish_rollbacks(job.run, rank=job.cluster.rank)
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
     begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
 
@@ -187,35 +194,17 @@ def _carry_out(job: Job, device: torch.device, steering: Steering) -> None:
     if saved is not None:
         state = load_checkpoint(engine, saved)
     else:
-        state = load_parent(engine, job.parent) if job.parent is not None else TrainState()
+        state = load_parent(engine, job.parent, config) if job.parent is not None else TrainState()
+    state, rollbacks = taken_up(job.run, state, rank=job.cluster.rank)
     metrics = None
     if job.cluster.rank == 0:
         metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
-    if metrics is not None:
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
+        tell(metrics, rollbacks)
 
     objective = objective_of(config, device=device, dtype=engine.input_dtype)
-    phased = PhasedStream(
-        lambda image_size, position: train_stream(
-            job.train_data,
-            data=config.data,
-            augment=config.augment,
-            image_size=image_size,
-            seed=config.train.seed,
-            global_batch=config.optim.global_batch,
-            micro_batch=job.ds.micro_batch,
-            rank=job.cluster.rank,
-            world=job.cluster.world,
-            position=position,
-        ),
-        job.plan.phases,
-        step=state.step,
-        position=state.position,
-        global_batch=config.optim.global_batch,
-        accumulation=job.ds.accumulation,
-    )
-    stream = ahead_of(phased, device)
+    integrity = Integrity(engine, every_steps=job.plan.integrity_every_steps, host=job.cluster.host, metrics=metrics)
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
@@ -252,28 +241,46 @@ def _carry_out(job: Job, device: torch.device, steering: Steering) -> None:
         between_failures_s=between_failures_s(len(set(from_all_ranks(job.cluster.host))), config.run.failures_per_host_day)
         if config.run.save_every == AUTO
         else None,
+        check=integrity.check,
         told=told,
         may_commit=steering.may_commit,
     )
 
-    train(
-        state,
-        plan=job.plan,
-        engine=engine,
-        objective=objective,
-        stream=stream,
-        lr_at_step=job.schedule.lr_at,
-        evaluate=evaluate if job.eval_data is not None else None,
-        saver=saver,
-        metrics=metrics,
-        watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
-        if job.plan.attention_every_steps
-        else None,
-        watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
-        if job.plan.histograms_every_steps
-        else None,
-        steering=steering,
-    )
+    # Once, and again after each rollback.
+    while True:
+        stream = ahead_of(stream_from(job, state), device)
+        try:
+            train(
+                state,
+                plan=job.plan,
+                engine=engine,
+                objective=objective,
+                stream=stream,
+                lr_at_step=job.schedule.lr_at,
+                evaluate=evaluate if job.eval_data is not None else None,
+                saver=saver,
+                metrics=metrics,
+                watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
+                if job.plan.attention_every_steps
+                else None,
+                watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
+                if job.plan.histograms_every_steps
+                else None,
+                guard=guard_of(job, engine, state),
+                check_replicas=integrity.check_when_due,
+                steering=steering,
+            )
+        except RollBack as wanted:
+            stream.close()
+            saver.wait()
+            state, rollbacks = roll_back(
+                engine, job.run, wanted, train=config.train, global_batch=config.optim.global_batch, say=complain
+            )
+            if metrics is not None:
+                metrics.reopen(state.step)
+                tell(metrics, rollbacks)
+            continue
+        break
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
     if job.eval_data is not None and not last_scores:
@@ -290,6 +297,44 @@ def _carry_out(job: Job, device: torch.device, steering: Steering) -> None:
         metrics.finish(record)
         mark_finished(job.run, record)
     engine.close()
+
+
+def stream_from(job: Job, state: TrainState) -> PhasedStream:
+    """The micro-batches of this rank from where the run stands."""
+    config = job.config
+    return PhasedStream(
+        lambda image_size, position: train_stream(
+            job.train_data,
+            data=config.data,
+            augment=config.augment,
+            image_size=image_size,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=job.ds.micro_batch,
+            rank=job.cluster.rank,
+            world=job.cluster.world,
+            position=position,
+        ),
+        job.plan.phases,
+        step=state.step,
+        position=state.position,
+        global_batch=config.optim.global_batch,
+        accumulation=job.ds.accumulation,
+    )
+
+
+def guard_of(job: Job, engine: Engine, state: TrainState) -> Guard:
+    """What decides about the steps from `state` on."""
+    config = job.config
+    mixture = mixture_of(job.train_data, data=config.data, seed=config.train.seed)
+    return Guard(
+        engine,
+        train=config.train,
+        phases=job.plan.phases,
+        global_batch=config.optim.global_batch,
+        state=state,
+        names_of=lambda first, end: names_at(job.train_data, mixture, np.arange(first, end)),
+    )
 
 
 def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:

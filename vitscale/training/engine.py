@@ -343,7 +343,24 @@ class Engine:
 
     def _swap(self, decay: float) -> None:
         self.averages.swap(decay)
+        self.publish_masters()
+
+    def publish_masters(self) -> None:
+        """Make the weights the model computes with anew from the masters. Collective."""
         publish_masters(self.zero_optimizer, stage=self.ds.stage)
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """What every rank holds a whole copy of, by name and in one order: see training/integrity.py."""
+        for name, parameter in self.module.named_parameters():
+            if getattr(parameter, "ds_persist", True):  # stage 3 says of each whether it stays gathered
+                yield name, parameter
+        yield from self.module.named_buffers()
+        if self.ds.stage == 0:
+            for partition in self.partitions:
+                for key, value in self.zero_optimizer.state.get(partition.master, {}).items():
+                    yield f"{key} of {partition.key}", value
+            for name, average in self.averages.tensors().items():
+                yield f"moving average {name}", average
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
@@ -354,6 +371,11 @@ class Engine:
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals.tolist()
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """Mean of a number over the ranks, on the device: the host does not wait for it."""
+        torch.distributed.all_reduce(value)
+        return value / self.world
 
     def sum_modulo_2_64(self, value: int) -> int:
         """Sum of unsigned 64-bit integers over the ranks, modulo 2^64."""

@@ -133,6 +133,21 @@ def test_a_torn_last_line_is_ignored_and_gone_after_the_next_start(tmp_path):
         assert path.read_text() == whole
 
 
+def test_a_resume_keeps_what_happened_to_the_run_and_drops_what_its_steps_will_say_again(tmp_path):
+    metrics = metrics_of(tmp_path)
+    events = [{"step": 5, "event": event, "loss": math.nan} for event in ("skipped_step", "rollback", "bad_image", "corrupt")]
+    metrics.log_events(events)
+    metrics.log_step(line_of(5))
+    metrics.reopen(4)
+    assert [(line["event"], line["loss"]) for line in read_lines(metrics.events_path)] == [
+        ("rollback", "nan"),
+        ("corrupt", "nan"),
+    ]
+    metrics.log_step(line_of(5, loss=7.0))
+    metrics.close()
+    assert read_lines(metrics.path) == [line_of(5, loss=7.0)]
+
+
 def test_one_damaged_line_takes_no_others_with_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(line_of(1)).encode() + b'\n{"st\xff\n' + json.dumps(line_of(2)).encode() + b"\n")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from vitscale.planning.resolution import Phase
 from vitscale.training import bad_images, clock, trainer
 from vitscale.training.bad_images import TooManyBadImages
 from vitscale.training.checkpoint import TrainState
+from vitscale.training.guard import RollBack
 from vitscale.training.objective import Loss
 from vitscale.training.steering import Order
 from vitscale.training.trainer import Plan, due, train
@@ -474,3 +475,68 @@ def test_a_budget_is_noticed_within_fifty_steps_when_nothing_is_logged(told_by_a
     with pytest.raises(TooManyBadImages):
         run(world, state, plan=plan)
     assert state.step == 50
+
+
+class Numbers:
+    """A guard and a check of replicas that write down when they are asked, and go back after a step."""
+
+    def __init__(self, world: World, *, back_after: int = 0) -> None:
+        self.world, self.back_after = world, back_after
+
+    def screened(self, loss: Loss, step: int) -> Tensor:
+        self.world.acts.append(("screened", step))
+        return loss.trained * 2
+
+    def check(self, step: int) -> None:
+        self.world.acts.append(("replicas", step))
+
+    def settle(self, state: TrainState, metrics: Any) -> None:
+        self.world.acts.append(("settled", state.step, state.position, state.skipped))
+        if state.step == self.back_after:
+            raise RollBack(state)
+
+
+def test_numbers_are_screened_in_every_micro_batch_and_settled_before_anything_is_written():
+    world = World(skipped_steps=(2,))
+    numbers, fake = Numbers(world, back_after=3), cast(Any, world)
+    with pytest.raises(RollBack) as caught:
+        train(
+            TrainState(),
+            plan=PLAN,
+            engine=fake,
+            objective=fake,
+            stream=world.stream(),
+            lr_at_step=float,
+            evaluate=None,
+            saver=world,
+            metrics=fake,
+            guard=numbers,
+            check_replicas=numbers.check,
+        )
+    assert caught.value.state.step == 3 and world.saved == [] and [line["step"] for line in world.lines] == [1, 2]
+    middle = world.acts.index(("lr", 1.0))
+    assert world.acts[middle:] == [
+        ("lr", 1.0),
+        ("batch", 2),
+        ("forward", 2),
+        ("screened", 2),
+        ("backward", 4.0),
+        ("batch", 3),
+        ("forward", 3),
+        ("screened", 2),
+        ("replicas", 2),
+        ("backward", 6.0),
+        ("settled", 2, 24, 1),
+        ("log", 2),
+        ("lr", 2.0),
+        ("batch", 4),
+        ("forward", 4),
+        ("screened", 3),
+        ("backward", 8.0),
+        ("batch", 5),
+        ("forward", 5),
+        ("screened", 3),
+        ("replicas", 3),
+        ("backward", 10.0),
+        ("settled", 3, 36, 1),
+    ]
