@@ -151,7 +151,7 @@ def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, 
     if whom == "wrapper":
         command = [sys.executable, "launch/supervise.py", str(place), "--", *command]
     before = len(curve(place))
-    with open(log, "a") as output:
+    with open(log, "w") as output:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -170,9 +170,10 @@ def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, 
         after_s = time.monotonic() - sent_s
         return outcome_of(place, [code], processes, alive_after_s=ALIVE_AFTER_S), after_s
     finally:
-        child.poll()
-        for process in descendants(child.pid) if child.returncode is None else []:
-            os.kill(process.pid, signal.SIGKILL)
+        if child.poll() is None:
+            for process in [*descendants(child.pid), child]:
+                os.kill(process.pid, signal.SIGKILL)
+            child.wait()
 
 
 def place_of(whom: str, started: int, processes: list[Process]) -> int:
