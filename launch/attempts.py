@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -109,6 +110,7 @@ def launching(world: int, arguments: list[str]) -> Start:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=partial(forked.end_with, os.getpid()),  # ranks in turn leave when their launcher is gone
             )
         return _Launched(process, port)
 

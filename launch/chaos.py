@@ -44,6 +44,7 @@ SMALL = (
 )
 """The digits recipe made small; micro-batches are accumulated, and there is an average to lose."""
 KILLS_DEFAULT = 12
+STEP_TIMEOUT_S = 30
 SHORT = ("train.length=24", "run.save_every=4", "run.eval_every=12")
 
 
@@ -116,7 +117,7 @@ def setup_of(args: Namespace, stage: int, place: Path, length: Sequence[str], *,
     data = place.parent / "data"
     for name in ("train", "eval"):
         open_dataset(f"{EMBEDDED}{name}", run=place.parent, cluster=cluster_of(0, 1, 0), cache_dir=place.parent)
-    timeout = [f"{STEP_TIMEOUT}=10"] if "stop of one rank" in kinds else []
+    timeout = [f"{STEP_TIMEOUT}={STEP_TIMEOUT_S}"] if "stop of one rank" in kinds else []
     arguments = [
         *SMALL,
         *length,

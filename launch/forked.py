@@ -131,12 +131,17 @@ def start(
     return Program(pids=pids, said=said, port=port)
 
 
-def _become_rank(parent: int, said: Path) -> None:
-    os.setsid()
+def end_with(parent: int) -> None:
+    """Let this process be killed when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _become_rank(parent: int, said: Path) -> None:
+    os.setsid()
+    end_with(parent)
     gc.freeze()  # DeepSpeed collects garbage often, and each time every page that the fork shares would be copied
     output = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)

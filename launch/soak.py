@@ -28,7 +28,7 @@ EVAL_EVERY_SAVES = 6
 SHARE_OF_TIME = 0.9
 """Of the minutes asked for, what goes into steps: the rest is starting again, and steps that were lost."""
 TIME_FACTOR_MAX = 4.0
-"""How many times the minutes asked for the storm may take, before it counts as one that does not finish."""
+"""How many times the minutes asked for, or those of the undisturbed run, the struck one may take before it is given up."""
 WARM_UP_S = 10.0
 LOOK_EVERY_S = 1.0
 SAMPLES_MIN = 10
@@ -139,7 +139,7 @@ def soak(
     with Bar(total=steps, what="struck", unit="step") as bar:
         while not storm.proof.verdicts:
             storm.strike(_both(struck, bar))
-            if time.monotonic() - began_s > 60 * minutes * TIME_FACTOR_MAX:
+            if time.monotonic() - began_s > TIME_FACTOR_MAX * max(60 * minutes, undisturbed_s):
                 storm.give_up(f"not finished after {in_words(time.monotonic() - began_s)}")
     return Soak(
         proof=storm.proof,

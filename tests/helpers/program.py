@@ -45,10 +45,11 @@ def run(
     env: dict[str, str] | None = None,
     cores: int | None = None,
     code: int = 0,
+    timeout_s: float = 240.0,
 ) -> str:
     """Run a script to its end; all ranks must leave with `code`. Returns what was said."""
     program = start(script, *arguments, said=said, world=world, env=env, cores=cores)
-    codes = program.wait()
+    codes = program.wait(timeout_s)
     assert codes == [code] * world, f"exit codes {codes}, expected {code}:\n{program.text}"
     return program.text
 
