@@ -148,7 +148,7 @@ class Fetcher:
         self._cache = Cache(self._cache_dir, limit_bytes=self._cache_bytes)
         self._threads = [threading.Thread(target=self._work, daemon=True, name=f"fetch-{i}") for i in range(self._n_threads)]
         # Signals are for the main thread: one that lands elsewhere would not interrupt what the main thread waits for.
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             for thread in self._threads:
                 thread.start()

@@ -159,7 +159,7 @@ class Stream:
             generator=torch.Generator(),  # torch draws a seed for the workers: not from the global generator
         )
         # Workers are born deaf to the signals by which a scheduler speaks to the rank: the rank decides what ends when.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         try:
             self._iterator = cast(Any, iter(loader))
         finally:

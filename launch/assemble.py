@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.cache import CacheTooSmall
 from data_pipeline.deaths import WorkerDeath
 from data_pipeline.loader import eval_stream, mixture_of, train_stream
 from data_pipeline.manifest import Manifest
+from data_pipeline.names import names_at
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.room import require_room
 from data_pipeline.stream import worker_pids
@@ -39,14 +41,18 @@ from vitscale.planning.peaks import peak_flops_of
 from vitscale.planning.resolution import flops_until, phases_of
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint
-from vitscale.training.engine import from_all_ranks, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.engine import Engine, from_all_ranks, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.guard import Guard, RollBack
+from vitscale.training.integrity import Integrity
 from vitscale.training.metrics import Metrics, append_event, complain
 from vitscale.training.objective import objective_of
 from vitscale.training.peers import Peer, lost_ranks_are_transient, meet
 from vitscale.training.preflight import require_equal_hosts
-from vitscale.training.rundir import Difference, begin_attempt, mark_finished, require_shared_directory
+from vitscale.training.rollback import finish_rollbacks, roll_back, taken_up, tell
+from vitscale.training.rundir import Difference, begin_attempt, leased, mark_finished, require_shared_directory
 from vitscale.training.saving import Outcome, Retention, Saver
 from vitscale.training.schedule import Schedule
+from vitscale.training.steering import Steering, steering_of
 from vitscale.training.trainer import Plan, train
 from vitscale.training.watch import Watch
 
@@ -110,7 +116,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
     schedule = Schedule(optim=optim, warmup_steps=warmup, cooldown_steps=cooldown, timescale_steps=timescale, total_steps=total)
     watch = {
         name: steps(f"run.{name}", getattr(config.run, name), total)
-        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every")
+        for name in ("log_every", "eval_every", "save_every", "attention_every", "histograms_every", "integrity_every")
         if not (name == "save_every" and config.run.save_every == AUTO)
     }
     rates, micro = config.train.drop_rates(config.model.depth), ds.micro_batch
@@ -133,6 +139,7 @@ def make_plan(config: Config, ds: DsConfig, epoch_images: int) -> tuple[Plan, Sc
         save_every_steps=watch.get("save_every", 0),
         attention_every_steps=watch["attention_every"],
         histograms_every_steps=watch["histograms_every"],
+        integrity_every_steps=watch["integrity_every"],
         bad_images_max=config.data.bad_images_max,
         seed=config.train.seed,
         phases=phases,
@@ -167,13 +174,17 @@ def carry_out(job: Job) -> None:
     device = start_ranks(job.cluster)
     require_equal_hosts(job.cluster, say=complain)
     peers = meet(job.cluster)
-    with lost_ranks_are_transient(peers, job.cluster.rank):
-        _carry_out(job, peers, device)
+    with lost_ranks_are_transient(peers, job.cluster.rank), leased(job.run, job.cluster) as lease:
+        stop_after, total = job.config.run.stop_after, job.plan.total_steps
+        steering = steering_of(job.run, job.cluster, total_steps=total, stop_after=stop_after, lease=lease)
+        _carry_out(job, device, steering, peers)
+    leave_ranks()
 
 
-def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
+def _carry_out(job: Job, device: torch.device, steering: Steering, peers: tuple[Peer, ...]) -> None:
     config = job.config
     require_shared_directory(job.run, job.cluster)
+    finish_rollbacks(job.run, rank=job.cluster.rank)
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
     attempt = begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
 
@@ -191,13 +202,14 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
     if saved is not None:
         state = load_checkpoint(engine, saved)
     else:
-        state = load_parent(engine, job.parent) if job.parent is not None else TrainState()
+        state = load_parent(engine, job.parent, config) if job.parent is not None else TrainState()
+    state, rollbacks = taken_up(job.run, state, rank=job.cluster.rank)
     metrics = None
     if job.cluster.rank == 0:
         metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
-    if metrics is not None:
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
+        tell(metrics, rollbacks)
 
     watch = Watch(
         job.run,
@@ -208,27 +220,7 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
         workers=worker_pids,
     )
     objective = objective_of(config, device=device, dtype=engine.input_dtype)
-    phased = PhasedStream(
-        lambda image_size, position: train_stream(
-            job.train_data,
-            data=config.data,
-            augment=config.augment,
-            image_size=image_size,
-            seed=config.train.seed,
-            global_batch=config.optim.global_batch,
-            micro_batch=job.ds.micro_batch,
-            rank=job.cluster.rank,
-            world=job.cluster.world,
-            position=position,
-            on_death=lambda death: _tell_of_death(job, death, step=watch.step),
-        ),
-        job.plan.phases,
-        step=state.step,
-        position=state.position,
-        global_batch=config.optim.global_batch,
-        accumulation=job.ds.accumulation,
-    )
-    stream = ahead_of(phased, device)
+    integrity = Integrity(engine, every_steps=job.plan.integrity_every_steps, host=job.cluster.host, metrics=metrics)
     last_scores: list[Scores] = []
 
     def evaluate() -> Scores:
@@ -244,6 +236,7 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
         return last_scores[-1]
 
     def told(outcome: Outcome) -> None:
+        steering.note_save(outcome.blocked_s + outcome.flush_s)
         if metrics is None:
             return
         if outcome.complaint is None:
@@ -264,28 +257,48 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
         between_failures_s=between_failures_s(len(set(from_all_ranks(job.cluster.host))), config.run.failures_per_host_day)
         if config.run.save_every == AUTO
         else None,
+        check=integrity.check,
         told=told,
+        may_commit=steering.may_commit,
     )
 
-    with watch:
-        train(
-            state,
-            plan=job.plan,
-            engine=engine,
-            objective=objective,
-            stream=stream,
-            lr_at_step=job.schedule.lr_at,
-            evaluate=evaluate if job.eval_data is not None else None,
-            saver=saver,
-            metrics=metrics,
-            watch=watch,
-            watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
-            if job.plan.attention_every_steps
-            else None,
-            watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
-            if job.plan.histograms_every_steps
-            else None,
-        )
+    # Once, and again after each rollback.
+    while True:
+        stream = ahead_of(stream_from(job, state, watch), device)
+        try:
+            with watch:
+                train(
+                    state,
+                    plan=job.plan,
+                    engine=engine,
+                    objective=objective,
+                    stream=stream,
+                    lr_at_step=job.schedule.lr_at,
+                    evaluate=evaluate if job.eval_data is not None else None,
+                    saver=saver,
+                    metrics=metrics,
+                    watch=watch,
+                    watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
+                    if job.plan.attention_every_steps
+                    else None,
+                    watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
+                    if job.plan.histograms_every_steps
+                    else None,
+                    guard=guard_of(job, engine, state),
+                    check_replicas=integrity.check_when_due,
+                    steering=steering,
+                )
+        except RollBack as wanted:
+            stream.close()
+            saver.wait()
+            state, rollbacks = roll_back(
+                engine, job.run, wanted, train=config.train, global_batch=config.optim.global_batch, say=complain
+            )
+            if metrics is not None:
+                metrics.reopen(state.step)
+                tell(metrics, rollbacks)
+            continue
+        break
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
     if job.eval_data is not None and not last_scores:
@@ -302,7 +315,45 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device) -> None:
         metrics.finish(record)
         mark_finished(job.run, record)
     engine.close()
-    leave_ranks()
+
+
+def stream_from(job: Job, state: TrainState, watch: Watch) -> PhasedStream:
+    """The micro-batches of this rank from where the run stands."""
+    config = job.config
+    return PhasedStream(
+        lambda image_size, position: train_stream(
+            job.train_data,
+            data=config.data,
+            augment=config.augment,
+            image_size=image_size,
+            seed=config.train.seed,
+            global_batch=config.optim.global_batch,
+            micro_batch=job.ds.micro_batch,
+            rank=job.cluster.rank,
+            world=job.cluster.world,
+            position=position,
+            on_death=lambda death: _tell_of_death(job, death, step=watch.step),
+        ),
+        job.plan.phases,
+        step=state.step,
+        position=state.position,
+        global_batch=config.optim.global_batch,
+        accumulation=job.ds.accumulation,
+    )
+
+
+def guard_of(job: Job, engine: Engine, state: TrainState) -> Guard:
+    """What decides about the steps from `state` on."""
+    config = job.config
+    mixture = mixture_of(job.train_data, data=config.data, seed=config.train.seed)
+    return Guard(
+        engine,
+        train=config.train,
+        phases=job.plan.phases,
+        global_batch=config.optim.global_batch,
+        state=state,
+        names_of=lambda first, end: names_at(job.train_data, mixture, np.arange(first, end)),
+    )
 
 
 def _tell_of_death(job: Job, death: WorkerDeath, *, step: int) -> None:

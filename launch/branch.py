@@ -16,6 +16,8 @@ from vitscale.training.checkpoint import RECORD, TrainState, candidates, checked
 from vitscale.training.engine import Engine
 from vitscale.training.rundir import CONFIG, differences
 
+FREE_OF_LOSS = ("train.length", "train.skip_", "train.spike_", "train.rollback", "train.init_sha256", "data.eval_")
+"""Beginnings of keys among train, data and augment that change no loss of a given batch."""
 FIXED = ("optim.optimizer", "optim.moment_dtype", "train.precision", "train.ema")
 """Besides the model: what the state is made of."""
 
@@ -79,10 +81,23 @@ def require_same_state(parent: Parent, config: Config) -> None:
         )
 
 
-def load_parent(engine: Engine, parent: Parent) -> TrainState:
-    """The parent's state, loaded into the engine, with the branch noted in its segments. Collective."""
+def has_same_losses(before: Config, now: Config) -> bool:
+    """Whether the same weights would have the same loss under both. Pure."""
+    return not any(
+        d.kind == "result" and d.key.startswith(("train.", "data.", "augment.")) and not d.key.startswith(FREE_OF_LOSS)
+        for d in differences(before, now)
+    )
+
+
+def load_parent(engine: Engine, parent: Parent, config: Config) -> TrainState:
+    """The parent's state, loaded into the engine, with the branch noted in its segments. Collective.
+
+    Where the branch has another objective or other data, losses of the parent are no measure for its own (guard.py).
+    """
     complaint, saved = checked(parent.step_directory)
     if saved is None:
         raise EnvironmentFault(f"--from: {parent.step_directory} is not usable: {complaint}")
     state = load_checkpoint(engine, saved)
+    if not has_same_losses(parent.config, config):
+        state.accepted_losses = []
     return replace(state, segments=[*state.segments, {"branch_step": state.step, "position": state.position}])

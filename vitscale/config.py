@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from data_pipeline.config import AugmentConfig, DataConfig, machine
 from vitscale.base.errors import UsageError, nearest
+from vitscale.base.progress import seconds_of
 from vitscale.base.records import decode
 from vitscale.model.config import ModelConfig
 from vitscale.model.presets import preset, preset_names
@@ -137,6 +138,19 @@ class TrainConfig:
     """uniform: the same rate in every block (DeiT III); linear: from 0 in the first to drop_path in the last (DeiT)."""
     resolutions: tuple[str, ...] = ()
     """Progressive resolution: image sizes and from when, such as ["128@0", "160@40%", "224@80%"]; none: model.image_size."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps whose update is left out, by their numbers in metrics.jsonl, such as [1201, 1207]."""
+    spike_sigmas: float = 6.0
+    """A step is skipped when its loss is this many standard deviations above the mean of the last 128 accepted ones, as in
+    OLMo-core's SkipStepOptimizer, and 0.5 nats above it; 0: never."""
+    rollback_skips: int = 3
+    """Steps gone bad within rollback_window that send the run back to a checkpoint older than they are; 0: never."""
+    rollback_window: int = 50
+    """Steps."""
+    rollback_jump: int = 0
+    """Global batches left out behind the last bad step when the run goes back."""
+    rollbacks_max: int = 3
+    """How often a run may go back; then it ends as diverged (exit 79)."""
     init_weights: str = machine("")
     """Where a fine-tuning takes its weights from; empty: fresh weights."""
     branch: str = machine("")
@@ -155,6 +169,16 @@ class TrainConfig:
             raise ValueError(f"train.mix_group must be at least 2, got {self.mix_group}")
         if self.seed < 0:
             raise ValueError(f"train.seed must be 0 or more, got {self.seed}")
+        for name in ("spike_sigmas", "rollback_skips", "rollback_jump", "rollbacks_max"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be >= 0, got {getattr(self, name)}")
+        if self.rollback_window < max(1, self.rollback_skips):
+            raise ValueError(
+                f"train.rollback_window={self.rollback_window} steps cannot hold train.rollback_skips={self.rollback_skips} "
+                "skipped ones; enlarge the window or lower the number"
+            )
+        if self.skip_steps and min(self.skip_steps) < 1:
+            raise ValueError(f"train.skip_steps: steps are numbered from 1, got {min(self.skip_steps)}")
         for decay in self.ema:
             if not 0 < decay < 1:
                 raise ValueError(f"train.ema: a decay must be within (0, 1), got {decay}")
@@ -193,8 +217,16 @@ class RunConfig:
     step_timeout: float = watching(600.0)
     """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
     than the compilation in the first step and than a save."""
+    stop_after: int | str = watching(0)
+    """Save and end (exit 76) before a start of the program is this old: seconds, or a text such as "3h50m"; 0: no limit."""
+    integrity_every: int | str = watching(100)
+    """Compare what all ranks must hold equally, bit for bit; also before each save. 0: never."""
 
     def __post_init__(self) -> None:
+        try:
+            seconds_of(self.stop_after)
+        except ValueError as error:
+            raise ValueError(f"run.stop_after: {error}") from None
         if not self.failures_per_host_day > 0:
             raise ValueError(f"run.failures_per_host_day must be above 0, got {self.failures_per_host_day}")
         if self.keep_last < 1:

@@ -272,6 +272,7 @@ def test_workers_do_not_hear_the_signals_of_the_rank_and_close_ends_them(manifes
         for worker in workers:
             os.kill(worker, signal.SIGTERM)
             os.kill(worker, signal.SIGINT)
+            os.kill(worker, signal.SIGUSR1)
         for _ in range(20):
             next(stream)
         assert children_of(os.getpid()) == sorted([*others, *workers])

@@ -2,8 +2,11 @@
 
 import pytest
 
+from launch.branch import has_same_losses
 from tests.helpers.program import SMALL, curve, run, start
 from vitscale.base.files import read_json
+from vitscale.config import apply_overrides
+from vitscale.recipes.catalog import recipe_named
 
 NAMES = ("loss", "grad_norm", "lr", "samples_hash", "images_seen", "skipped")
 WSD = [
@@ -60,3 +63,24 @@ def test_what_a_branch_may_not_is_one_sentence(parent, tmp_path):
     assert "is no branch, so it cannot start from" in refused("--from", f"{parent}@16", "--run", parent)
     assert "expected a run directory" in refused("--from", tmp_path / "nowhere", *new, code=3)
     assert not (tmp_path / "new").exists()
+
+
+def test_losses_of_the_parent_measure_those_of_a_branch_only_where_they_mean_the_same():
+    before = recipe_named("digits")
+    same = [
+        "train.length=7",
+        "train.skip_steps=[3]",
+        "optim.peak_lr=1",
+        "optim.schedule=wsd",
+        "run.log_every=9",
+        "data.workers=2",
+    ]
+    assert has_same_losses(before, apply_overrides(before, same))
+    for other in (
+        "train.label_smoothing=0.1",
+        "train.mixup=0.2",
+        "augment.flip=0.1",
+        "train.objective=sigmoid",
+        "data.lanes=3",
+    ):
+        assert not has_same_losses(before, apply_overrides(before, [other])), other

@@ -202,6 +202,10 @@ def test_what_has_a_default_may_be_absent_from_a_record():
         (TrainConfig, {"length": 1}, {"label_smoothing": 1.0}, "train.label_smoothing must be within [0, 1), got 1.0"),
         (TrainConfig, {"length": 1}, {"label_smoothing": -0.1}, "train.label_smoothing must be within [0, 1), got -0.1"),
         (TrainConfig, {"length": 1}, {"seed": -1}, "train.seed must be 0 or more, got -1"),
+        (TrainConfig, {"length": 1}, {"spike_sigmas": -1.0}, "train.spike_sigmas must be >= 0, got -1"),
+        (TrainConfig, {"length": 1}, {"rollback_jump": -1}, "train.rollback_jump must be >= 0, got -1"),
+        (TrainConfig, {"length": 1}, {"rollback_window": 2}, "cannot hold train.rollback_skips=3"),
+        (TrainConfig, {"length": 1}, {"skip_steps": (4, 0)}, "train.skip_steps: steps are numbered from 1, got 0"),
         (RunConfig, {}, {"keep_last": 0}, "the newest valid checkpoint is never deleted"),
         (DataConfig, {}, {"lanes": 0}, "data.lanes must be at least 1, got 0"),
         (DataConfig, {}, {"window": 0}, 'data.window must be at least 1 or "full", got 0'),
@@ -254,7 +258,8 @@ KINDS = {
         optim.eps optim.momentum optim.moment_dtype optim.adam_lr optim.clip
         train.length train.seed train.precision train.objective train.label_smoothing train.masked_classes train.head_bias
         train.dropout train.mixup train.cutmix train.mix_group train.ema train.drop_path train.drop_path_rule
-        train.resolutions train.init_sha256
+        train.resolutions train.skip_steps train.spike_sigmas train.rollback_skips train.rollback_window
+        train.rollback_jump train.rollbacks_max train.init_sha256
         data.fingerprint data.weights data.eval_fingerprint data.lanes data.window
         augment.crop_area_min augment.crop_area_max augment.crop_ratio_max augment.flip augment.eval_crop
         augment.policy augment.randaugment_ops augment.randaugment_magnitude augment.colour_jitter augment.hue_jitter
@@ -264,7 +269,7 @@ KINDS = {
         train.branch""",
     "watching": """run.log_every run.eval_every run.save_every
         run.failures_per_host_day run.attention_every run.keep_last run.keep_every run.parity
-        run.step_timeout run.histograms_every""",
+        run.step_timeout run.histograms_every run.integrity_every run.stop_after""",
 }
 
 

@@ -31,6 +31,8 @@ class VitscaleError(Exception):
 
     exit_code = ExitCode.USAGE
     every_rank_speaks = False
+    is_said = False
+    """Rank 0 has said it, and all ranks leave together: nobody speaks, nobody waits."""
 
 
 class UsageError(VitscaleError):
@@ -69,6 +71,23 @@ class DivergedError(VitscaleError):
     exit_code = ExitCode.DIVERGED
 
 
+class StopRequested(VitscaleError):
+    """Somebody asked the run to stop, and it has saved. Exit 76: the same command continues."""
+
+    exit_code = ExitCode.STOPPED
+    is_said = True
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped because {reason}; the same command continues")
+        self.reason = reason
+
+
+class LeaseLost(TransientFault):
+    """Another process owns the run directory now. Exit 75, printed by rank 0; nothing was saved."""
+
+    every_rank_speaks = False
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean X?` for the closest choice, or an empty string when nothing is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
@@ -91,7 +110,9 @@ def run_main(main: Callable[[], None]) -> None:
         # The launcher's own words: the error may be that they make no sense to resolve_cluster.
         ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ]
         is_rank_zero = not ranks or ranks[0] == "0"
-        if is_rank_zero or error.every_rank_speaks:
+        if error.is_said:
+            pass
+        elif is_rank_zero or error.every_rank_speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANK_WAIT_S)

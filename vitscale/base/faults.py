@@ -22,6 +22,8 @@ POINTS = (
     "checkpoint.commit",
     "checkpoint.rename",
     "checkpoint.latest",
+    "rollback.recorded",
+    "rollback.deleted",
     "step.end",
 )
 ACTIONS = ("kill", "stop", "raise")

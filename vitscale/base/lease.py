@@ -147,7 +147,9 @@ class Lease:
 
     def is_mine(self) -> bool:
         """Whether this process still owns the run; ask right before a commit. OSError: the files cannot be reached."""
-        self.is_lost = self.is_lost or not self._show_heartbeat()
+        self._show_heartbeat()
+        file_system_now_ns(self.run)  # a change of the directory: NFS would else show the tokens of some seconds ago
+        self._look_for_another()
         return not self.is_lost
 
     def release(self) -> None:
@@ -162,17 +164,20 @@ class Lease:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ending.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):  # the next owner waits a minute at most; what ends the run is worth more
-            self.release()
+        self._thread.join(HEARTBEAT_S)
+        if not self._thread.is_alive():  # else the file system hangs, and would hang this as well
+            with contextlib.suppress(OSError):  # the next owner waits a minute at most; what ends the run is worth more
+                self.release()
 
-    def _show_heartbeat(self) -> bool:
+    def _show_heartbeat(self) -> None:
         try:
-            os.utime(self._path)  # the clock of the file system, also on NFS
+            os.utime(self._path)  # by the clock of the file system, also on NFS
         except FileNotFoundError:
-            return False
+            self.is_lost = True
+
+    def _look_for_another(self) -> None:
         token = highest(self.run)
-        return token is not None and token.owner == self.owner
+        self.is_lost = self.is_lost or token is None or token.owner != self.owner
 
     def _record(self) -> None:
         write_json(self.run / LEASE, {**asdict(self.owner), "generation": self.generation, "heartbeat_unix_s": time.time()})
@@ -181,7 +186,9 @@ class Lease:
         recorded_at_s = time.monotonic()
         while not self._ending.wait(HEARTBEAT_S) and not self.is_lost:
             with contextlib.suppress(OSError):  # a file system that is away for a while is no new owner
-                if self.is_mine() and time.monotonic() - recorded_at_s >= RECORD_EVERY_S:
+                self._show_heartbeat()
+                self._look_for_another()
+                if not self.is_lost and time.monotonic() - recorded_at_s >= RECORD_EVERY_S:
                     self._record()
                     recorded_at_s = time.monotonic()
 

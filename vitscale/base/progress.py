@@ -1,5 +1,6 @@
 """Progress a person can read: a bar with rate and ETA, and durations and sizes in words."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,16 @@ def in_words(seconds: float) -> str:
     if hours:
         return f"{hours}h{m:02d}m"
     return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def seconds_of(words: int | str) -> int:
+    """The other way: `3h50m`, `1d`, `90s` or a plain number of seconds. Raises ValueError."""
+    text = str(words).strip()
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    if match is None or not text:
+        raise ValueError(f'expected a time such as 600, "90s", "3h50m" or "1d12h", got {words!r}')
+    days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def bytes_in_words(count: int) -> str:

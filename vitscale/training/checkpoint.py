@@ -57,6 +57,10 @@ class TrainState:
     """Positions at which a stand-in was shown for a bad image; exact at every logged and saved step (bad_images.py)."""
     segments: list[dict[str, int]] = field(default_factory=list)
     """Append-only: ranges of the order that were jumped, and branches."""
+    accepted_losses: list[float] = field(default_factory=list)
+    """Of the last steps that counted, the newest last: what a spike is measured against (guard.py)."""
+    bad_steps: list[int] = field(default_factory=list)
+    """Steps of the rollback window that were skipped because numbers went bad (guard.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ gradients at stage 0, and one meaning of "gradient norm" at every stage.
 """
 
 import datetime
+import functools
 import inspect
 import logging
 import os
@@ -96,6 +97,7 @@ def start_ranks(cluster: Cluster) -> torch.device:
 
 def leave_ranks() -> None:
     """Leave the process group, if there is one."""
+    control_group.cache_clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -127,6 +129,19 @@ def from_all_ranks(value: Any, group: Any = None) -> list[Any]:
 def new_control_group() -> Any:
     """A gloo group of all ranks for one thread of each that speaks beside the training. Collective."""
     return torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+
+
+@functools.cache
+def control_group() -> Any:
+    """The control group of the main thread. Collective at the first call."""
+    return new_control_group()
+
+
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """Largest of each whole number over the ranks, past the device. Collective; main thread only."""
+    largest = torch.tensor(values, dtype=torch.int64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=control_group())
+    return largest.tolist()
 
 
 def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Tensor] | None:
@@ -335,7 +350,24 @@ class Engine:
 
     def _swap(self, decay: float) -> None:
         self.averages.swap(decay)
+        self.publish_masters()
+
+    def publish_masters(self) -> None:
+        """Make the weights the model computes with anew from the masters. Collective."""
         publish_masters(self.zero_optimizer, stage=self.ds.stage)
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """What every rank holds a whole copy of, by name and in one order: see training/integrity.py."""
+        for name, parameter in self.module.named_parameters():
+            if getattr(parameter, "ds_persist", True):  # stage 3 says of each whether it stays gathered
+                yield name, parameter
+        yield from self.module.named_buffers()
+        if self.ds.stage == 0:
+            for partition in self.partitions:
+                for key, value in self.zero_optimizer.state.get(partition.master, {}).items():
+                    yield f"{key} of {partition.key}", value
+            for name, average in self.averages.tensors().items():
+                yield f"moving average {name}", average
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before its backward pass: fp16 only, else 1."""
@@ -346,6 +378,11 @@ class Engine:
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals.tolist()
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """Mean of a number over the ranks, on the device: the host does not wait for it."""
+        torch.distributed.all_reduce(value)
+        return value / self.world
 
     def sum_modulo_2_64(self, value: int) -> int:
         """Sum of unsigned 64-bit integers over the ranks, modulo 2^64."""

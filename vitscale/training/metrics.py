@@ -2,7 +2,8 @@
 
 Rank 0 is the only writer. metrics.jsonl has one JSON line per logged step, values of that very step; evaluations are
 lines of their own. events.jsonl has one line per event, such as an image that turned out to be bad, with its step.
-After a resume both hold each step once: lines past the restored step are dropped before the first new one.
+After a resume both hold each step once: lines past the restored step are dropped before the first new one. Only events that
+tell what happened to the run itself stay.
 """
 
 import contextlib
@@ -21,7 +22,6 @@ from torch.utils.tensorboard import SummaryWriter
 from vitscale.base.files import write_bytes, write_json
 from vitscale.base.progress import bytes_in_words, in_words
 
-LASTING_EVENTS = ("hung", "worker_died")
 CONSOLE_INTERVAL_S = 2.0
 STATUS_INTERVAL_S = 5.0
 GROUP_OF = {
@@ -30,6 +30,8 @@ GROUP_OF = {
     **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
 }
 """Group of a number in TensorBoard; all others are of the group train."""
+LASTING_EVENTS = ("corrupt", "rollback", "hung", "worker_died")
+"""What happened to the run or its machines: a resume from before keeps it."""
 
 
 class Metrics:
@@ -65,6 +67,12 @@ class Metrics:
         self._events = open(self.events_path, "a", buffering=1)  # noqa: SIM115
         self._log = open(self.run / "log.txt", "a", buffering=1)  # noqa: SIM115
         self._started_at_s, self._started_step = self.clock(), restored_step
+
+    def reopen(self, restored_step: int) -> None:
+        """The same after a rollback, in mid-run."""
+        self.close()
+        self._saved_step = restored_step
+        self.open(restored_step)
 
     def log_step(self, line: dict[str, Any]) -> None:
         """One logged step: to the file, to TensorBoard, and now and then to the screen."""
@@ -132,7 +140,7 @@ class Metrics:
     def log_events(self, events: list[dict[str, Any]]) -> None:
         """Events in their order, each with its "step" and "event"; on the disk when this returns."""
         self._write_events(events)
-        if not self._has_spoken_of_events:
+        if not self._has_spoken_of_events and any(event["event"] == "bad_image" for event in events):
             self._has_spoken_of_events = True
             self.say(f"an image was bad and another was shown in its place; {self.events_path} names every one")
 
@@ -141,6 +149,19 @@ class Metrics:
         for event in events:
             self._events.write(json.dumps(_finite({**event, "at_unix_s": now_s})) + "\n")
         os.fsync(self._events.fileno())
+
+    def stopped(self, step: int, reason: str) -> None:
+        """The last word about a run that was asked to stop and is saved; then close."""
+        record = {
+            "phase": "stopped",
+            "reason": reason,
+            "step": step,
+            "total_steps": self.total_steps,
+            "at_unix_s": self.clock(),
+        }
+        write_json(self.run / "status.json", record)
+        self.say(f"stopped after step {step} because {reason}; the same command continues")
+        self.close()
 
     def say(self, sentence: str) -> None:
         """Print a sentence and keep it in log.txt."""
@@ -212,7 +233,7 @@ def append_event(run: Path, event: dict[str, Any]) -> None:
 
 
 def drop_lines_past(path: Path, step: int) -> None:
-    """Rewrite the file without the lines of later steps and without torn ones; what happened to the machine is kept."""
+    """Rewrite the file without the lines of later steps, but for events that last, and without torn ones."""
     if not path.is_file():
         return
     kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in LASTING_EVENTS]

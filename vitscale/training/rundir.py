@@ -5,6 +5,8 @@ RUN/
   provenance/attempt-NNN.json       command, versions, hosts, what differed from the last attempt
   metrics.jsonl  events.jsonl  tensorboard/  log.txt  status.json
   checkpoints/step-00001200/
+  stop  save                        made by anybody to steer the training (steering.py)
+  lease.json  .lease-000007         who owns it (vitscale/base/lease.py)
   FINISHED.json                     the marker of a finished run, written last
 """
 
@@ -12,6 +14,8 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,13 @@ import torch
 
 from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import HostFault, UsageError
+from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
 from vitscale.base.files import read_json, write_bytes, write_json
+from vitscale.base.lease import Lease, take_lease
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
 from vitscale.training.engine import barrier, from_all_ranks, from_rank_zero, versions
+from vitscale.training.metrics import complain
 
 CONFIG = "config.json"
 FINISHED = "FINISHED.json"
@@ -68,6 +74,28 @@ def refuse_result_changes(run: Path, found: list[Difference]) -> None:
             f"{run} was started with another configuration: {named}; give the same settings to continue it, "
             "or another --run directory to start a new run"
         )
+
+
+@contextmanager
+def leased(run: Path, cluster: Cluster) -> Iterator[Lease | None]:
+    """The run belongs to this start of the program: rank 0 holds the lease, the others None. Collective.
+
+    Raises EnvironmentFault on every rank where somebody else has it.
+    """
+    lease, refusal = None, ""
+    if cluster.rank == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lease = take_lease(run, say=complain)
+        except EnvironmentFault as fault:
+            refusal = str(fault)
+        except OSError as error:
+            refusal = f"the run directory {run.resolve()} cannot be written to ({error}); expected one that can"
+    refusal = from_rank_zero(refusal)
+    if refusal:
+        raise EnvironmentFault(refusal)
+    with lease or nullcontext():
+        yield lease
 
 
 def require_shared_directory(run: Path, cluster: Cluster) -> None:

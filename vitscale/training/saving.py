@@ -88,17 +88,20 @@ class Saver:
         retention: Retention,
         start_step: int = 0,
         between_failures_s: float | None = None,
+        check: Callable[[int], None] = lambda step: None,
         told: Callable[[Outcome], None] = lambda outcome: None,
         may_commit: Callable[[], bool] = lambda: True,
     ) -> None:
         """`data`: what fixes the order of the images. `between_failures_s`: saves are due where they lose the least time
-        (planning/cadence.py), the first soon after `start_step`, to learn what one costs and that it works. `told` hears of
-        every save, on every rank. `may_commit` is asked on rank 0 right before the rename: False where another start has
-        taken over the run."""
+        (planning/cadence.py), the first soon after `start_step`, to learn what one costs and that it works. `check` is
+        called with the step before anything is copied, and raises where the state must not be kept. `told` hears of every
+        save, on every rank. `may_commit` is asked on rank 0 right before the rename: False where another start has taken
+        over the run."""
         self._engine = engine
         self._checkpoints = checkpoints
         self._data = data
         self._retention = retention
+        self._check = check
         self._told = told
         self._may_commit = may_commit
         self._memory = HostMemory()
@@ -129,6 +132,7 @@ class Saver:
     def begin(self, state: TrainState) -> None:
         """Copy the state and let it be written; waits for an earlier save that is not done yet."""
         self.wait()
+        self._check(state.step)
         started_at_s = time.perf_counter()
         engine, step = self._engine, state.step
         fault_point("checkpoint.begin", rank=engine.rank, step=step)

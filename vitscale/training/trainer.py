@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +17,10 @@ from vitscale.training.bad_images import SETTLE_EVERY_STEPS, BadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.clock import StepClock
 from vitscale.training.engine import Engine
+from vitscale.training.guard import Screen, Unguarded
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
+from vitscale.training.steering import Steering
 from vitscale.training.watch import UNWATCHED, Beats
 
 
@@ -83,7 +85,11 @@ class Plan:
     """Matters only where `train` is given `watch_attention`."""
     histograms_every_steps: int = 0
     """Matters only where `train` is given `watch_updates`."""
+    integrity_every_steps: int = 0
+    """Matters only where `train` is given `check_replicas`."""
 
+
+UNGUARDED = Unguarded()
 
 GARBAGE_EVERY_STEPS = 150
 """Python's collector stops a rank for tens of milliseconds whenever it likes, and all others wait: here all do it at once."""
@@ -102,13 +108,19 @@ def train(
     metrics: Metrics | None,
     watch_attention: Callable[[int], None] | None = None,
     watch_updates: UpdateWatcher | None = None,
+    guard: Screen = UNGUARDED,
+    check_replicas: Callable[[int], None] = lambda step: None,
+    steering: Steering | None = None,
     watch: Beats = UNWATCHED,
 ) -> None:
-    """Train from `state` to the last step. Collective; `metrics` is there on rank 0 only."""
+    """Train from `state` to the last step, or until `steering` says otherwise. Collective; `metrics` on rank 0 only.
+
+    `check_replicas` is asked once in each step, after its last forward pass. Raises RollBack where `guard` does.
+    """
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
     meter = _Meter(engine, watch)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), steering or nullcontext():
         while state.step < plan.total_steps:
             meter.start(state.step + 1)
             lr = lr_at_step(state.step)
@@ -123,11 +135,15 @@ def train(
                 loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
                 meter.add(loss.reported, batch)
                 bad_images.add(state.step + 1, batch.bad_images)
-                engine.backward_and_maybe_step(loss.trained, meter.passed)
+                trained = guard.screened(loss, state.step + 1)
+                if micro_batch == engine.accumulation_steps - 1:
+                    check_replicas(state.step + 1)
+                engine.backward_and_maybe_step(trained, meter.passed)
             state.step += 1
             state.position += plan.global_batch
             state.images_seen += plan.global_batch
             state.skipped += engine.last_step_skipped
+            guard.settle(state, metrics)
             fault_point("step.end", rank=engine.rank, step=state.step)
             is_logged = due(state.step, plan.log_every_steps, plan.total_steps)
             is_saved = saver is not None and (
@@ -156,11 +172,19 @@ def train(
                 if is_saved:
                     watch.beat("save")
                     saver.begin(state)
+            if steering is not None:
+                order = steering.agree(state.step)
+                if saver is not None and (order.save or order.stop) and not is_saved:
+                    bad_images.settle(state, metrics)
+                    saver.begin(state)
+                if saver is not None and order.stop:
+                    saver.wait(required=True)
+                steering.obey(order, state.step, metrics)
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
-    if saver is not None:
-        watch.beat("save")
-        saver.wait(required=True)
+        if saver is not None:
+            watch.beat("save")
+            saver.wait(required=True)
 
 
 @contextmanager

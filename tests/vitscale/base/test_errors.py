@@ -14,6 +14,8 @@ SPEAKS = {
     "HostFault": (3, True),
     "TransientFault": (75, True),
     "BadDataError": (78, True),
+    "StopRequested": (76, False),
+    "LeaseLost": (75, False),
 }
 
 
@@ -59,6 +61,8 @@ def end_of(error: str, **environment: str) -> subprocess.CompletedProcess:
         ("UsageError", {"OMPI_COMM_WORLD_RANK": "3"}, 2, False),
         ("UsageError", {"RANK": "0", "SLURM_PROCID": "3"}, 2, True),
         ("HostFault", {"RANK": "1"}, 3, True),
+        ("StopRequested", {"RANK": "0"}, 76, False),
+        ("LeaseLost", {"RANK": "1"}, 75, False),
     ],
 )
 def test_an_expected_error_ends_in_one_sentence_of_the_right_rank(error, environment, code, said):
@@ -87,6 +91,20 @@ def test_a_silent_rank_waits_until_the_other_has_spoken(monkeypatch):
 
     errors.run_main(main)
     assert acts == [errors.SILENT_RANK_WAIT_S, ExitCode.USAGE]
+
+
+def test_what_is_said_already_is_not_said_again_nor_waited_for(monkeypatch, capsys):
+    acts: list[object] = []
+    monkeypatch.setattr(errors.time, "sleep", acts.append)
+    monkeypatch.setattr(errors, "_leave", acts.append)
+
+    def main() -> None:
+        raise errors.StopRequested("of a test")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        errors.run_main(main)
+    assert acts == [ExitCode.STOPPED, ExitCode.STOPPED] and capsys.readouterr().err == ""
 
 
 def test_nearest_names_a_close_word_and_nothing_else():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vitscale.base.progress import bytes_in_words, in_words, progress
+from vitscale.base.progress import bytes_in_words, in_words, progress, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,20 @@ from vitscale.base.progress import bytes_in_words, in_words, progress
 )
 def test_durations_have_two_units_at_most(seconds, words):
     assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [(0, 0), (600, 600), ("600", 600), ("90s", 90), (" 3h50m ", 13_800), ("1d12h", 129_600), ("7m12s", 432), ("2d", 172_800)],
+)
+def test_words_are_seconds_again(words, seconds):
+    assert seconds_of(words) == seconds
+
+
+@pytest.mark.parametrize("words", [-1, "", "h", "3h 50m", "50m3h", "1.5h", "ten", "3w"])
+def test_what_is_no_time_is_refused_with_examples(words):
+    with pytest.raises(ValueError, match='expected a time such as 600, "90s", "3h50m"'):
+        seconds_of(words)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,21 @@ def test_a_torn_last_line_is_ignored_and_gone_after_the_next_start(tmp_path):
         assert path.read_text() == whole
 
 
+def test_a_resume_keeps_what_happened_to_the_run_and_drops_what_its_steps_will_say_again(tmp_path):
+    metrics = metrics_of(tmp_path)
+    events = [{"step": 5, "event": event, "loss": math.nan} for event in ("skipped_step", "rollback", "bad_image", "corrupt")]
+    metrics.log_events(events)
+    metrics.log_step(line_of(5))
+    metrics.reopen(4)
+    assert [(line["event"], line["loss"]) for line in read_lines(metrics.events_path)] == [
+        ("rollback", "nan"),
+        ("corrupt", "nan"),
+    ]
+    metrics.log_step(line_of(5, loss=7.0))
+    metrics.close()
+    assert read_lines(metrics.path) == [line_of(5, loss=7.0)]
+
+
 def test_one_damaged_line_takes_no_others_with_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(line_of(1)).encode() + b'\n{"st\xff\n' + json.dumps(line_of(2)).encode() + b"\n")
@@ -198,6 +213,21 @@ def test_status_says_where_the_run_is_every_five_seconds_and_at_the_end(tmp_path
     record = {"step": 10, "images_seen": 960, "skipped": 0, "eval": None}
     metrics.finish(record)
     assert json.loads((tmp_path / "status.json").read_text()) == {"phase": "finished", "total_steps": 10, **record}
+
+
+def test_a_stopped_run_says_why_and_that_it_can_go_on(tmp_path, capsys):
+    metrics = Metrics(tmp_path, total_steps=10, clock=lambda: 1234.5)
+    metrics.open(0)
+    metrics.stopped(7, "SIGTERM came to rank 3")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "phase": "stopped",
+        "reason": "SIGTERM came to rank 3",
+        "step": 7,
+        "total_steps": 10,
+        "at_unix_s": 1234.5,
+    }
+    sentence = "stopped after step 7 because SIGTERM came to rank 3; the same command continues\n"
+    assert capsys.readouterr().out == sentence == (tmp_path / "log.txt").read_text()
 
 
 def test_trouble_goes_to_stderr(capsys):

@@ -18,6 +18,7 @@ from vitscale.training.rundir import (
     Difference,
     begin_attempt,
     differences,
+    leased,
     mark_finished,
     refuse_result_changes,
     require_shared_directory,
@@ -123,6 +124,31 @@ def test_a_host_that_does_not_see_the_run_directory_is_named_by_all(tmp_path):
     told = run_ranks(2, sees_directory, tmp_path / "run")
     assert told[0].startswith("hosts host1 do not see the run directory")
     assert told[1].startswith("host host1 does not see the run directory")
+
+
+def leased_twice(cluster: Cluster, run: Path) -> list[str]:
+    told = []
+    with leased(run, cluster) as lease:
+        told.append("holds it" if lease is not None and lease.is_mine() else "has none")
+        try:
+            with leased(run, cluster):
+                told.append("twice")
+        except EnvironmentFault as fault:
+            told.append(str(fault))
+    try:
+        with leased(Path("/proc/nowhere"), cluster):
+            told.append("on a file system that takes nothing")
+    except EnvironmentFault as fault:
+        told.append(str(fault))
+    return told
+
+
+@pytest.mark.slow
+def test_a_run_has_one_owner_and_all_ranks_hear_who_it_is(tmp_path):
+    first, second = run_ranks(2, leased_twice, tmp_path / "runs" / "a")
+    assert first[0] == "holds it" and second[0] == "has none"
+    assert first[1:] == second[1:]
+    assert "is being trained by process" in first[1] and "/proc/nowhere cannot be written to" in first[2]
 
 
 def test_the_finished_marker_is_the_record(tmp_path):

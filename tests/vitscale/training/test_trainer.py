@@ -3,18 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from vitscale.base.errors import StopRequested
 from vitscale.evaluation.classification import Scores
 from vitscale.planning.resolution import Phase
 from vitscale.training import bad_images, clock, trainer
 from vitscale.training.bad_images import TooManyBadImages
 from vitscale.training.checkpoint import TrainState
+from vitscale.training.guard import RollBack
 from vitscale.training.objective import Loss
+from vitscale.training.steering import Order
 from vitscale.training.trainer import Plan, due, train
 
 PLAN = Plan(
@@ -70,6 +73,8 @@ class World:
         self.slots: list[tuple[int, int]] = []
         self.lines: list[dict[str, Any]] = []
         self.saved: list[TrainState] = []
+        self.waits: list[int] = []
+        """How many acts came before each wait for the saver."""
         self.rank, self.world = 0, ranks
         self.accumulation_steps = accumulation
         self.last_step_skipped = False
@@ -152,6 +157,7 @@ class World:
 
     def wait(self, *, required: bool = False) -> None:
         assert required
+        self.waits.append(len(self.acts))
 
     def begin(self, state: TrainState) -> None:
         self.acts.append(("save", state.step))
@@ -159,7 +165,13 @@ class World:
 
 
 def run(
-    world: World, state: TrainState | None = None, *, plan: Plan = PLAN, evaluates: bool = True, writes: bool = True
+    world: World,
+    state: TrainState | None = None,
+    *,
+    plan: Plan = PLAN,
+    evaluates: bool = True,
+    writes: bool = True,
+    steering: Any = None,
 ) -> TrainState:
     state = state or TrainState()
     fake: Any = world
@@ -173,6 +185,7 @@ def run(
         evaluate=world.evaluate if evaluates else None,
         saver=world,
         metrics=fake if writes else None,
+        steering=steering,
     )
     return state
 
@@ -323,6 +336,72 @@ def test_a_kill_at_the_end_of_a_step_comes_before_anything_is_written(monkeypatc
     assert world.saved == []
 
 
+# ---- orders from outside --------------------------------------------------------------------------------------------
+
+
+class Orders:
+    """Steering by a table of orders, that writes down what it is asked and told."""
+
+    def __init__(self, world: World, **orders: Order) -> None:
+        self.world, self.orders = world, {int(step.removeprefix("at")): order for step, order in orders.items()}
+
+    def __enter__(self) -> None:
+        self.world.acts.append("heard from now on")
+
+    def __exit__(self, *error: object) -> None:
+        self.world.acts.append("not heard any more")
+
+    def agree(self, step: int) -> Order:
+        return self.orders.get(step, Order())
+
+    def obey(self, order: Order, step: int, metrics: Any) -> None:
+        if order != Order():
+            self.world.acts.append(("obeyed", step, metrics is not None))
+        if order.stop:
+            raise StopRequested(order.stop)
+
+
+def test_a_stop_saves_the_step_that_has_ended_and_begins_no_other():
+    world = World()
+    with pytest.raises(StopRequested, match="because of a test"):
+        run(world, steering=Orders(world, at1=Order(stop="of a test")))
+    assert world.saved == [TrainState(step=1, position=12, images_seen=12)]
+    assert world.acts[0:2] == ["train mode", "heard from now on"]
+    assert world.acts[-4:] == [("log", 1), ("save", 1), ("obeyed", 1, True), "not heard any more"]
+    assert world.waits == [len(world.acts) - 2], "it is on the disk before anybody is told that it is saved"
+
+
+def test_a_stop_at_a_saved_step_saves_nothing_twice_and_comes_after_the_evaluation():
+    world = World()
+    plan = replace(PLAN, save_every_steps=2)
+    with pytest.raises(StopRequested):
+        run(world, plan=plan, steering=Orders(world, at2=Order(stop="of a test")), writes=False)
+    assert [act for act in world.acts[-5:] if act != "train mode"] == [
+        "evaluate",
+        ("save", 2),
+        ("obeyed", 2, False),
+        "not heard any more",
+    ]
+
+
+def test_an_order_to_save_changes_nothing_but_that_it_is_saved():
+    asked, quiet = World(), World()
+    run(asked, steering=Orders(asked, at1=Order(save=True), at3=Order(save=True, keep=True)))
+    run(quiet)
+    assert [state.step for state in asked.saved] == [1, 3, 4]
+    assert asked.lines[0]["loss"] == quiet.lines[0]["loss"] and asked.saved[1:] == quiet.saved
+    assert [act[1] for act in asked.acts if act[0] == "obeyed"] == [1, 3]
+    assert asked.waits == [len(asked.acts) - 1], "training does not wait, but the last save is waited for before a signal kills"
+
+
+def test_bad_images_are_settled_before_an_ordered_save(told_by_all):
+    world = World(bad=(1,), ranks=2)
+    plan = replace(PLAN, log_every_steps=4, bad_images_max=1.0)
+    with pytest.raises(StopRequested):
+        run(world, plan=plan, steering=Orders(world, at1=Order(stop="of a test")))
+    assert [state.bad_images for state in world.saved] == [2]
+
+
 # ---- bad images -----------------------------------------------------------------------------------------------------
 
 
@@ -396,3 +475,68 @@ def test_a_budget_is_noticed_within_fifty_steps_when_nothing_is_logged(told_by_a
     with pytest.raises(TooManyBadImages):
         run(world, state, plan=plan)
     assert state.step == 50
+
+
+class Numbers:
+    """A guard and a check of replicas that write down when they are asked, and go back after a step."""
+
+    def __init__(self, world: World, *, back_after: int = 0) -> None:
+        self.world, self.back_after = world, back_after
+
+    def screened(self, loss: Loss, step: int) -> Tensor:
+        self.world.acts.append(("screened", step))
+        return loss.trained * 2
+
+    def check(self, step: int) -> None:
+        self.world.acts.append(("replicas", step))
+
+    def settle(self, state: TrainState, metrics: Any) -> None:
+        self.world.acts.append(("settled", state.step, state.position, state.skipped))
+        if state.step == self.back_after:
+            raise RollBack(state)
+
+
+def test_numbers_are_screened_in_every_micro_batch_and_settled_before_anything_is_written():
+    world = World(skipped_steps=(2,))
+    numbers, fake = Numbers(world, back_after=3), cast(Any, world)
+    with pytest.raises(RollBack) as caught:
+        train(
+            TrainState(),
+            plan=PLAN,
+            engine=fake,
+            objective=fake,
+            stream=world.stream(),
+            lr_at_step=float,
+            evaluate=None,
+            saver=world,
+            metrics=fake,
+            guard=numbers,
+            check_replicas=numbers.check,
+        )
+    assert caught.value.state.step == 3 and world.saved == [] and [line["step"] for line in world.lines] == [1, 2]
+    middle = world.acts.index(("lr", 1.0))
+    assert world.acts[middle:] == [
+        ("lr", 1.0),
+        ("batch", 2),
+        ("forward", 2),
+        ("screened", 2),
+        ("backward", 4.0),
+        ("batch", 3),
+        ("forward", 3),
+        ("screened", 2),
+        ("replicas", 2),
+        ("backward", 6.0),
+        ("settled", 2, 24, 1),
+        ("log", 2),
+        ("lr", 2.0),
+        ("batch", 4),
+        ("forward", 4),
+        ("screened", 3),
+        ("backward", 8.0),
+        ("batch", 5),
+        ("forward", 5),
+        ("screened", 3),
+        ("replicas", 3),
+        ("backward", 10.0),
+        ("settled", 3, 36, 1),
+    ]

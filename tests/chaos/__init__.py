@@ -1,0 +1,1 @@
+"""Runs that are disturbed, and must end as if they had not been."""
