@@ -179,6 +179,7 @@ def train(
             if steering is not None:
                 order = steering.agree(state.step)
                 if saver is not None and (order.save or order.stop) and not is_saved:
+                    watch.beat("save")
                     bad_images.settle(state, metrics)
                     saver.begin(state)
                 if saver is not None and order.stop:
