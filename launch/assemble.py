@@ -25,8 +25,9 @@ from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
 from vitscale.planning.cadence import between_failures_s
 from vitscale.planning.resolution import flops_until
+from vitscale.planning.room import checkpoint_size, room_at, shortage
 from vitscale.training.ahead import ahead_of
-from vitscale.training.checkpoint import Saved, TrainState, find_checkpoint, load_checkpoint
+from vitscale.training.checkpoint import Saved, TrainState, candidates, find_checkpoint, load_checkpoint
 from vitscale.training.engine import Engine, from_all_ranks, from_rank_zero, leave_ranks, start_ranks
 from vitscale.training.guard import Guard, RollBack
 from vitscale.training.integrity import Integrity
@@ -67,6 +68,8 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
         tell(metrics, rollbacks)
+        if said := _shortage(job):
+            metrics.say(said)
 
     watch = Watch(
         job.run,
@@ -176,6 +179,13 @@ class Evaluation:
         return evaluate_engine(
             self._engine, self._objective, job.eval_data, config=job.config, micro_batch=micro_batch, watch=self._watch
         )
+
+
+def _shortage(job: Job) -> str | None:
+    """A warning where the disk will not hold the checkpoints to come."""
+    where = job.run / "checkpoints"
+    size, present = checkpoint_size(job.config, job.ds), len(candidates(where))
+    return shortage(size, room_at(where), keep_last=job.config.run.keep_last, present=present, where=where)
 
 
 def _saver(

@@ -34,6 +34,7 @@ from vitscale.training.pieces import Partition
 
 SCHEMA_VERSION = 2
 RECORD = "vitscale.json"
+OTHER_SCHEMA = f"{RECORD} is of an older schema than {SCHEMA_VERSION}"
 _COMMITTED = re.compile(r"step-(\d{8,})$")
 _BAD = re.compile(r"step-\d{8,}\.bad-\d+$")
 _OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|(?:partition|ema)-(\d+)\.(?:json|safetensors)$|mp_rank_")
@@ -116,6 +117,11 @@ def find_checkpoint(checkpoints: Path, *, say: Callable[[str], None]) -> Saved |
         complaint, saved = checked(path)
         if saved is not None:
             return saved
+        if complaint == OTHER_SCHEMA:
+            raise EnvironmentFault(
+                f"{path} was written by another version of this program: {complaint}; continue it with that version, or start "
+                "a new --run from its exported weights"
+            )
         if rank == 0:
             aside = put_aside(path)
             say(f"checkpoint {path.name} is not usable: {complaint}; kept as {aside.name}")
@@ -196,11 +202,11 @@ def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
         record = read_json(path / RECORD)
     except EnvironmentFault:
         return f"{RECORD} is no valid JSON", {}
+    if isinstance(record, dict) and record.get("schema_version") in range(1, SCHEMA_VERSION) and _is_sealed(path, record):
+        return OTHER_SCHEMA, {}
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
         return f"{RECORD} is not a record of schema {SCHEMA_VERSION}", {}
-    # Byte for byte: a number spelled otherwise, a key written twice or a lost last byte is damage too.
-    unsealed = {key: value for key, value in record.items() if key != "record_sha256"}
-    if canonical_json(sealed(unsealed)) != (path / RECORD).read_bytes():
+    if not _is_sealed(path, record):
         return f"{RECORD} does not have its own recorded sha256", {}
     if not _makes_sense(record):
         return f"{RECORD} lacks a state or a list of files", {}
@@ -212,6 +218,12 @@ def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
     # DeepSpeed and StoredState look for files by pattern: one too many would be read, or counted as a rank.
     foreign = sorted(file.name for file in path.iterdir() if _OURS.match(file.name) and file.name not in recorded)
     return (f"{foreign[0]} is not in its record", {}) if foreign else (None, record)
+
+
+def _is_sealed(path: Path, record: dict[str, Any]) -> bool:
+    """Byte for byte: a number spelled otherwise, a key written twice or a lost last byte is damage too."""
+    unsealed = {key: value for key, value in record.items() if key != "record_sha256"}
+    return canonical_json(sealed(unsealed)) == (path / RECORD).read_bytes()
 
 
 def _makes_sense(record: dict[str, Any]) -> bool:

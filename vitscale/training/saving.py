@@ -277,7 +277,9 @@ class Saver:
                 candidates(self._checkpoints), keep_last=self._retention.last, keep_every=self._retention.every, kept=kept
             ):
                 # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
-                shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
+                going = path.with_name(path.name + ".partial")
+                publish(path, going)
+                shutil.rmtree(going)
         except OSError:
             pass  # `latest` is for other tools, and the next save deletes again
 
