@@ -13,7 +13,7 @@ B images of a micro-batch (BHWC: height and width image_size, 3 channels, uint8;
 M labels of the image that has most, at least 1
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from data_pipeline.augment import fill_eval, fill_train
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.deaths import WorkerDeath, say_death
 from data_pipeline.decode import BadImage
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS, Mixture, rank_slots
@@ -61,13 +62,14 @@ def train_stream(
     rank: int,
     world: int,
     position: int,
+    on_death: Callable[[WorkerDeath], None] = say_death,
 ) -> Stream:
     """The micro-batches of one rank from the step that starts at `position`, for ever; `data.weights` mixes the datasets.
 
     Each step has global_batch / (world * micro_batch) of them: consecutive pieces of the rank's slots (mixture.py).
     Raises UsageError when the batch cannot be shared evenly; see `Order` for its errors. Iterating raises HostFault
-    for missing files, TransientFault for failing ones, BadDataError where no image of a window can take the place of a
-    bad one.
+    for missing files, TransientFault for failing ones and for data workers that die again and again, BadDataError where
+    no image of a window can take the place of a bad one. `on_death` is told of a data worker that died and was replaced.
     """
     share = world * micro_batch
     if global_batch % share:
@@ -102,7 +104,7 @@ def train_stream(
         shards_of=lambda positions: mixture.shards_near(np.array(positions)),
         step_lists=global_batch // share,
     )
-    return Stream(dataset, lists, workers=data.workers)
+    return Stream(dataset, lists, workers=data.workers, step_lists=global_batch // share, on_death=on_death)
 
 
 def eval_stream(

@@ -9,6 +9,8 @@ slot  shared memory for the images of one micro-batch, made before the workers a
       runs out of slots; what follows travels as torch sends tensors.
 parcel  the rest of a micro-batch on its way: arrays, copied through a pipe. A tensor would travel as a file descriptor, for
       which its worker listens at a socket in a temporary directory, and a kill -9 would leave that directory behind.
+death of a worker, as by the out-of-memory killer: what it was at is a pure function of its list, and the lists that were
+      dealt and not yet handed over are remembered. All workers are started anew with those: none is lost, none comes twice.
 
 B images of a micro-batch (BHWC: height and width image_size, 3 channels, uint8; normalised on the device)
 M labels of the image that has most, at least 1
@@ -19,12 +21,13 @@ import ctypes
 import dataclasses
 import math
 import mmap
+import multiprocessing.connection
 import os
 import signal
 import sys
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -32,7 +35,9 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from data_pipeline.deaths import HEALS_WITHIN_STEPS, Deaths, WorkerDeath, say_death
 from vitscale.base.errors import VitscaleError
 from vitscale.base.faults import fault_point
 
@@ -41,6 +46,9 @@ PREFETCH_PER_WORKER = 2
 
 SLOTS_BESIDE_PREFETCH = 3
 """Slots for the micro-batch just handed over, the one before it that a loop still names, and one on its way to the GPU."""
+
+LOOK_EVERY_S = 1.0
+"""How often a rank that waits for a micro-batch looks whether its workers live."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -112,18 +120,41 @@ class Stream:
     Make it in the main thread: on Linux the workers end with the thread that made them.
     """
 
-    def __init__(self, dataset: MicroBatches, lists: Iterable[list[int]], *, workers: int) -> None:
+    def __init__(
+        self,
+        dataset: MicroBatches,
+        lists: Iterable[list[int]],
+        *,
+        workers: int,
+        step_lists: int = 1,
+        on_death: Callable[[WorkerDeath], None] = say_death,
+    ) -> None:
+        """`step_lists`: micro-batches of a step. `on_death` is told of a worker that died and was replaced."""
         self._dataset = dataset
         self._lists = lists
         self._workers = workers
+        self._deaths = Deaths(within=HEALS_WITHIN_STEPS * step_lists)
+        self._on_death = on_death
         self._refused: list[VitscaleError] = []
+        self._source = _heard_again(lists, signal.pthread_sigmask(signal.SIG_BLOCK, ()), self._refused)
+        self._outstanding: deque[list[int]] = deque()
+        self._handed_over = 0
+        self._closed = False
+        self._start_workers()
+        _open_streams.add(self)
+
+    def _start_workers(self) -> None:
+        """Begin, or begin again, with what was dealt and not handed over."""
+        workers, batch_bytes = self._workers, self._dataset.batch_bytes
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        slots = PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers and dataset.batch_bytes else 0
-        self._slots = _Slots(slots, size=dataset.batch_bytes)
+        # Memory of its own at every start: a worker killed in the middle may have left half an image in the old one.
+        slots = PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers and batch_bytes else 0
+        self._slots = _Slots(slots, size=batch_bytes)
         loader = DataLoader(
-            cast(Any, _InSlots(dataset, self._slots)),
-            batch_sampler=cast(Any, self._slots.dealt(_heard_again(lists, heard, self._refused))),
+            cast(Any, _InSlots(self._dataset, self._slots)),
+            batch_sampler=cast(Any, self._slots.dealt(self._remembered())),
             num_workers=workers,
+            timeout=LOOK_EVERY_S if workers else 0,
             collate_fn=_as_it_is,
             prefetch_factor=PREFETCH_PER_WORKER if workers else None,
             worker_init_fn=partial(_begin_worker, rank_pid=os.getpid()),
@@ -137,8 +168,16 @@ class Stream:
             self._iterator = cast(Any, iter(loader))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        self._closed = False
-        _open_streams.add(self)
+        if workers:
+            # Else torch would raise from a handler of SIGCHLD, wherever the rank stands; here it asks when it waits.
+            _remove_worker_pids(id(self._iterator))
+            self._iterator._worker_pids_set = False
+
+    def _remembered(self) -> Iterator[list[int]]:
+        yield from list(self._outstanding)
+        for numbers in self._source:
+            self._outstanding.append(numbers)
+            yield numbers
 
     def __iter__(self) -> "Stream":
         return self
@@ -148,16 +187,54 @@ class Stream:
         if self._refused:
             raise self._refused[0]
         try:
-            slot, batch = next(self._iterator)
+            slot, batch = self._next_of_workers()
         except StopIteration:
             if self._refused:
                 raise self._refused[0] from None
             self.close()
             raise
+        self._outstanding.popleft()
+        self._handed_over += 1
         if isinstance(batch, VitscaleError):
             self._slots.free(slot)
             raise batch
         return batch if slot is None else self._slots.joined(slot, batch)
+
+    def _next_of_workers(self) -> tuple[int | None, MicroBatch | VitscaleError]:
+        while True:
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                raise
+            except Exception as error:
+                death = self._death()
+                if death is not None:
+                    self._heal(death)
+                elif "DataLoader timed out" not in str(error):  # that is: still waiting, all alive
+                    raise
+
+    def _death(self) -> WorkerDeath | None:
+        """A worker that is dead, or is just dying, if there is one."""
+        processes = self._iterator._workers if self._workers else []
+        dead = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=0.1) if processes else []
+        for process in processes:
+            if process.sentinel in dead:
+                process.join()
+                return WorkerDeath(pid=process.pid, exit_code=process.exitcode)
+        return None
+
+    def _heal(self, death: WorkerDeath) -> None:
+        """Start all workers anew. Raises TransientFault when that was needed too often."""
+        self._deaths.add(death, at=self._handed_over)
+        for process in self._iterator._workers:
+            process.kill()  # they may wait for ever for a lock that the dead one held
+        self._iterator._shutdown_workers()
+        self._start_workers()
+        self._on_death(death)
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers, dead ones included."""
+        return [process.pid for process in self._iterator._workers] if self._workers and not self._closed else []
 
     def close(self) -> None:
         """End the workers and close the files. Safe to call twice."""
@@ -248,6 +325,11 @@ def _opened(
 
 
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def worker_pids() -> list[int]:
+    """Process ids of the data workers of all open streams of this process."""
+    return [pid for stream in list(_open_streams) for pid in stream.worker_pids()]
 
 
 @atexit.register

@@ -1,6 +1,6 @@
 """From a configuration to an engine, and a whole dataset through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed
 
 from data_pipeline.loader import eval_stream
 from data_pipeline.manifest import Manifest
+from data_pipeline.stream import MicroBatch, Stream
 from vitscale.config import Config
 from vitscale.ds_config import DsConfig
 from vitscale.evaluation.classification import Scores, classify
@@ -17,6 +18,7 @@ from vitscale.training.choices import choose_attention
 from vitscale.training.engine import Engine, checkpoint_function
 from vitscale.training.objective import Objective
 from vitscale.training.optim import make_optimizer
+from vitscale.training.watch import UNWATCHED, Beats
 from vitscale.weights.native import Weights, fit_to
 
 Say = Callable[[str], None]
@@ -77,7 +79,15 @@ def product_dtype(config: Config) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
 
 
-def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *, config: Config, micro_batch: int) -> Scores:
+def evaluate_engine(
+    engine: Engine,
+    objective: Objective,
+    manifest: Manifest,
+    *,
+    config: Config,
+    micro_batch: int,
+    watch: Beats = UNWATCHED,
+) -> Scores:
     """Score the engine's present weights on a whole dataset. Collective."""
     engine.eval()
     batches = eval_stream(
@@ -89,4 +99,10 @@ def evaluate_engine(engine: Engine, objective: Objective, manifest: Manifest, *,
         rank=engine.rank,
         world=engine.world,
     )
-    return classify(objective, engine, batches, sum_over_ranks=engine.sum_over_ranks)
+    return classify(objective, engine, _beating(batches, watch), sum_over_ranks=engine.sum_over_ranks)
+
+
+def _beating(batches: Stream, watch: Beats) -> Iterator[MicroBatch]:
+    for number, batch in enumerate(batches):
+        watch.beat("evaluate", micro_batch=number)
+        yield batch

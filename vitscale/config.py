@@ -218,6 +218,9 @@ class RunConfig:
     """Save and end (exit 76) before a start of the program is this old: seconds, or a text such as "3h50m"; 0: no limit."""
     integrity_every: int | str = watching(100)
     """Compare what all ranks must hold equally, bit for bit; also before each save. 0: never."""
+    step_timeout: float = watching(600.0)
+    """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
+    than the compilation in the first step and than a save."""
 
     def __post_init__(self) -> None:
         try:
@@ -230,6 +233,8 @@ class RunConfig:
             raise ValueError(
                 f"run.keep_last must be at least 1, got {self.keep_last}: the newest valid checkpoint is never deleted"
             )
+        if self.step_timeout < 0:
+            raise ValueError(f"run.step_timeout must be >= 0 seconds, got {self.step_timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.deaths import WorkerDeath
 from data_pipeline.stream import PREFETCH_PER_WORKER, SLOTS_BESIDE_PREFETCH, MicroBatch, Stream, blank_images
-from vitscale.base.errors import BadDataError, VitscaleError
+from vitscale.base.errors import BadDataError, TransientFault, VitscaleError
 
 SHAPE = (3, 4, 4, 3)
 BYTES = int(np.prod(SHAPE))
@@ -132,6 +134,64 @@ def test_an_error_of_the_lists_comes_out_of_the_stream_and_leaves_no_worker(work
         seen = [next(stream).labels_B[0].item() for _ in range(good + 1)]
         assert seen == []
     assert set(multiprocessing.active_children()) <= before
+
+
+# ---- workers that die -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("after", [0, 17])
+def test_a_killed_worker_costs_no_micro_batch_and_doubles_none(workers, after):
+    deaths: list[WorkerDeath] = []
+    with closing(Stream(Painted(), lists(30), workers=workers, on_death=deaths.append)) as stream:
+        for number in range(20, 20 + after):
+            assert next(stream).labels_B.tolist() == [number] * 3
+        victim = stream.worker_pids()[-1]
+        os.kill(victim, signal.SIGKILL)
+        for number, batch in enumerate(stream, start=20 + after):
+            assert batch.labels_B.tolist() == [number] * 3
+            assert torch.equal(batch.images_BHWC, expected(number))
+    assert number == 49
+    assert deaths == [WorkerDeath(pid=victim, exit_code=-signal.SIGKILL)]
+
+
+def test_what_was_handed_over_before_a_death_stays_as_it_was():
+    with closing(Stream(Painted(), lists(30), workers=2, on_death=lambda death: None)) as stream:
+        kept = [next(stream) for _ in range(5)]
+        os.kill(stream.worker_pids()[0], signal.SIGKILL)
+        kept += stream
+    assert all(torch.equal(batch.images_BHWC, expected(number)) for number, batch in enumerate(kept, start=20))
+
+
+def test_a_fourth_death_within_a_hundred_steps_ends_the_run():
+    words = r"was killed by SIGKILL.*the 4th within 100 steps; expected at most 3"
+    with (
+        closing(Stream(Painted(), lists(10**6), workers=1, on_death=lambda death: None)) as stream,
+        pytest.raises(TransientFault, match=words),
+    ):
+        for _ in range(50):
+            os.kill(stream.worker_pids()[0], signal.SIGKILL)
+            for _ in range(PREFETCH_PER_WORKER + 1):
+                next(stream)
+
+
+def test_deaths_far_apart_are_borne():
+    deaths: list[WorkerDeath] = []
+    with closing(Stream(Painted(), lists(10**6), workers=1, on_death=deaths.append)) as stream:
+        for _ in range(4):
+            os.kill(stream.worker_pids()[0], signal.SIGKILL)
+            for _ in range(60):
+                next(stream)
+    assert len(deaths) == 4
+
+
+def test_a_defect_inside_a_worker_is_no_death():
+    class Broken(Painted):
+        def __getitems__(self, numbers: list[int]) -> MicroBatch | VitscaleError:
+            raise KeyError("a defect")
+
+    with closing(Stream(Broken(), lists(3), workers=1)) as stream, pytest.raises(KeyError, match="a defect"):
+        next(stream)
 
 
 def test_workers_that_are_killed_leave_no_file_behind(tmp_path, monkeypatch):

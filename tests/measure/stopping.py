@@ -22,7 +22,7 @@ from pathlib import Path
 from launch.supervise import newest_checkpoint
 from tests.helpers import stopping
 from tests.helpers.program import Program, curve, run
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.stopping import ARGUMENTS, ENDLESS, STEPS, Outcome, asked_to_stop, is_undisturbed, outcome_of, signal_to
 from vitscale.base.cluster import Cluster
 from vitscale.base.host import Process, ancestors, descendants, process_of
@@ -36,6 +36,7 @@ ALIVE_AFTER_S = 60.0
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
     wanted = sys.argv[1:] or ["cost", "forked", "launcher"]
     if "cost" in wanted:
         print_cost()
@@ -126,8 +127,8 @@ def forked_row(scratch: Path, quiet: Path, name: str, workers: int, ask: object,
 
 def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
     place = scratch / "launched"
-    for whom in ("rank 1", "rank 0", "node launcher", "runner", "wrapper"):
-        for name in SIGNALS if whom.startswith("rank") else (*SIGNALS, "SIGKILL"):
+    for name in (*SIGNALS, "SIGKILL"):
+        for whom in ("runner", "node launcher", "wrapper", "rank 1", "rank 0")[: 3 if name == "SIGKILL" else 5]:
             outcome, after_s = launched(place, name, whom, log=scratch / "launched.txt")
             reason = outcome.status.get("reason") or outcome.status
             yield name, whom, outcome.codes[0], f"{after_s:.1f}", outcome.saved, outcome.steps_lost, len(outcome.alive), reason
@@ -146,11 +147,12 @@ def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
 
 def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, float]:
     """One start of the launcher that is sent a signal; what became of it, and after how many seconds it had ended."""
-    command = [str(DEEPSPEED), "--num_gpus", "2", "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
+    launcher = [str(DEEPSPEED), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
     if whom == "wrapper":
         command = [sys.executable, "launch/supervise.py", str(place), "--", *command]
     before = len(curve(place))
-    with open(log, "a") as output:
+    with open(log, "w") as output:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -169,9 +171,10 @@ def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, 
         after_s = time.monotonic() - sent_s
         return outcome_of(place, [code], processes, alive_after_s=ALIVE_AFTER_S), after_s
     finally:
-        child.poll()
-        for process in descendants(child.pid) if child.returncode is None else []:
-            os.kill(process.pid, signal.SIGKILL)
+        if child.poll() is None:
+            for process in [*descendants(child.pid), child]:
+                os.kill(process.pid, signal.SIGKILL)
+            child.wait()
 
 
 def place_of(whom: str, started: int, processes: list[Process]) -> int:

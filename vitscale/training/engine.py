@@ -25,8 +25,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import DivergedError, EnvironmentFault
+from vitscale.base.errors import DivergedError, EnvironmentFault, HostFault
 from vitscale.base.files import xxh3_64
+from vitscale.base.network import GLOO, interface_for_gloo
 from vitscale.ds_config import DsConfig
 from vitscale.training.clock import StepClock
 from vitscale.training.ema import Averages
@@ -78,6 +79,12 @@ def start_ranks(cluster: Cluster) -> torch.device:
         device = torch.device("cpu")
         # The shared-memory operator serves inference only, and would be compiled at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if cluster.world > cluster.local_world:
+        interface, fault = interface_for_gloo(cluster.host, cluster.master_addr, os.environ)
+        if fault is not None:
+            raise HostFault(fault)
+        if interface is not None:
+            os.environ[GLOO] = interface
     try:
         deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
     except (RuntimeError, torch.distributed.DistError) as error:

@@ -30,7 +30,7 @@ GROUP_OF = {
     **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
 }
 """Group of a number in TensorBoard; all others are of the group train."""
-LASTING_EVENTS = ("corrupt", "rollback")
+LASTING_EVENTS = ("hung", "worker_died", "corrupt", "rollback", "save_failed")
 """What happened to the run or its machines: a resume from before keeps it."""
 
 
@@ -223,6 +223,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
+
+
+def append_event(run: Path, event: dict[str, Any]) -> None:
+    """One event that happened to the machine, by any rank: such an event is no part of what a resume does again."""
+    with open(run / "events.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps({**event, "at_unix_s": time.time()}) + "\n").encode())
+        os.fsync(file.fileno())
 
 
 def drop_lines_past(path: Path, step: int) -> None:

@@ -21,7 +21,16 @@ from vitscale.base.errors import DivergedError
 from vitscale.base.faults import fault_point
 from vitscale.base.files import read_json, write_json
 from vitscale.config import TrainConfig
-from vitscale.training.checkpoint import Saved, TrainState, candidates, checked, load_checkpoint, read_record
+from vitscale.training.checkpoint import (
+    Saved,
+    TrainState,
+    candidates,
+    checked,
+    kept_for_ever,
+    load_checkpoint,
+    put_aside,
+    read_record,
+)
 from vitscale.training.engine import Engine, barrier, from_rank_zero
 from vitscale.training.guard import RollBack
 from vitscale.training.metrics import Metrics, read_lines
@@ -62,7 +71,7 @@ def finish_rollbacks(run: Path, *, rank: int) -> None:
         for path in candidates(run / "checkpoints"):
             complaint, record = read_record(path)
             if complaint is None and is_given_up(record["state"], records):
-                _delete(path)
+                _give_up(path)
     barrier()
 
 
@@ -93,7 +102,7 @@ def roll_back(
             f"{cause} after {len(known)} rollbacks, and train.rollbacks_max={train.rollbacks_max} allows no more; look at the "
             "images that events.jsonl names, or branch from an older checkpoint with a lower optim.peak_lr"
         )
-    saved = _newest_before(bad[0], run / "checkpoints", rank=engine.rank, say=say)
+    saved = newest_before(bad[0], run / "checkpoints", rank=engine.rank, say=say)
     if saved is None:
         raise DivergedError(
             f"{cause}, and no valid checkpoint is older than step {bad[0]}; lower optim.peak_lr, or set run.save_every so that "
@@ -113,7 +122,7 @@ def roll_back(
         fault_point("rollback.recorded", rank=0, step=wanted.state.step)
         for path in candidates(run / "checkpoints"):
             if int(path.name.removeprefix("step-")) > saved.state.step:
-                _delete(path)
+                _give_up(path)
     barrier()
     fault_point("rollback.deleted", rank=engine.rank, step=wanted.state.step)
     return taken_up(run, load_checkpoint(engine, saved), rank=engine.rank)
@@ -131,7 +140,8 @@ def tell(metrics: Metrics, records: Sequence[Record]) -> None:
             )
 
 
-def _newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[str], None]) -> Saved | None:
+def newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[str], None]) -> Saved | None:
+    """The newest valid checkpoint of an earlier step; those that are not valid are named. Collective."""
     paths: list[Path] = from_rank_zero(candidates(checkpoints) if rank == 0 else None)
     for path in paths:
         if int(path.name.removeprefix("step-")) >= step:
@@ -139,10 +149,15 @@ def _newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[st
         complaint, saved = checked(path)
         if saved is not None:
             return saved
-        say(f"checkpoint {path.name} is not usable to roll back to: {complaint}")
+        if rank == 0:
+            say(f"checkpoint {path.name} is not usable to roll back to: {complaint}")
     return None
 
 
-def _delete(path: Path) -> None:
-    """Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name."""
-    shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
+def _give_up(path: Path) -> None:
+    """Delete a step directory, or put it aside where a .keep file protects it."""
+    if path.name in kept_for_ever(path.parent):
+        put_aside(path)
+    else:
+        # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
+        shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))

@@ -24,6 +24,7 @@ import torch
 
 from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
+from vitscale.base.credentials import masked_words
 from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
 from vitscale.base.files import read_json, remove_temporaries, write_bytes, write_json
 from vitscale.base.lease import Lease, take_lease
@@ -119,9 +120,10 @@ def require_shared_directory(run: Path, cluster: Cluster) -> None:
         raise HostFault(f"hosts {', '.join(sorted(set(blind)))} do not see the run directory {run.resolve()}")
 
 
-def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, followed: list[Difference]) -> None:
-    """Record what this start runs with. Collective; rank 0 writes."""
+def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, followed: list[Difference]) -> int:
+    """Record what this start runs with; returns the number of the attempt. Collective; rank 0 writes."""
     hosts = from_all_ranks(cluster.host)
+    number = 0
     if cluster.rank == 0:
         provenance = run / "provenance"
         provenance.mkdir(exist_ok=True)
@@ -131,7 +133,7 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
         write_json(
             provenance / f"attempt-{number:03d}.json",
             {
-                "command": sys.argv,
+                "command": masked_words(sys.argv),
                 "started_at_unix_s": time.time(),
                 "launcher": cluster.launcher,
                 "world": cluster.world,
@@ -145,7 +147,7 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
         )
         write_json(run / CONFIG, to_record(config))
         write_json(run / "ds_config.json", ds.record)
-    barrier()
+    return from_rank_zero(number)
 
 
 def _data_record(data: DataConfig) -> dict[str, Any]:

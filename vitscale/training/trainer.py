@@ -22,6 +22,7 @@ from vitscale.training.guard import Screen, Unguarded
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
 from vitscale.training.steering import Steering
+from vitscale.training.watch import UNWATCHED, Beats
 
 
 class MicroBatch(Protocol):
@@ -111,6 +112,7 @@ def train(
     guard: Screen = UNGUARDED,
     check_replicas: Callable[[int], None] = lambda step: None,
     steering: Steering | None = None,
+    watch: Beats = UNWATCHED,
 ) -> None:
     """Train from `state` to the last step, or until `steering` says otherwise. Collective; `metrics` on rank 0 only.
 
@@ -118,31 +120,27 @@ def train(
     """
     engine.train()
     bad_images = BadImages(engine, share_max=plan.bad_images_max)
-    meter = _Meter(engine)
+    meter = _Meter(engine, watch)
     with _no_garbage_collection(), steering or nullcontext():
         while state.step < plan.total_steps:
-            meter.start()
+            meter.start(state.step + 1)
             lr = lr_at_step(state.step)
             engine.set_lr(lr)
             is_watched = watch_updates is not None and due(state.step + 1, plan.histograms_every_steps, plan.total_steps)
             if watch_updates is not None and is_watched:
                 watch_updates.before_step()
             for micro_batch in range(engine.accumulation_steps):
-                here = {"rank": engine.rank, "step": state.step + 1, "micro_batch": micro_batch}
-                fault_point("data.batch", **here)
-                batch = meter.next_of(stream)
-                fault_point("step.forward", **here)
+                batch = meter.next_of(stream, micro_batch)
                 engine.seed_micro_batch(plan.seed, state.step, micro_batch)
                 slot = first_slot(plan.global_batch, engine, micro_batch)
                 loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
-                loss = faulty_loss(loss, **here)
+                loss = faulty_loss(loss, rank=engine.rank, step=state.step + 1, micro_batch=micro_batch)
                 meter.add(loss.reported, batch)
                 bad_images.add(state.step + 1, batch.bad_images)
                 trained = guard.screened(loss, state.step + 1)
                 if micro_batch == engine.accumulation_steps - 1:
                     check_replicas(state.step + 1)
-                fault_point("step.backward", **here)
-                engine.backward_and_maybe_step(trained, meter.passed_at(here))
+                engine.backward_and_maybe_step(trained, meter.passed)
             damage_weights(engine, step=state.step + 1)
             state.step += 1
             state.position += plan.global_batch
@@ -165,6 +163,7 @@ def train(
             bad_images.check(state)
             if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
                 fault_point("evaluate.begin", rank=engine.rank, step=state.step)
+                watch.beat("evaluate")
                 scores = evaluate()
                 engine.train()
                 if metrics is not None:
@@ -175,10 +174,12 @@ def train(
             if saver is not None:
                 saver.poll()
                 if is_saved:
+                    watch.beat("save")
                     saver.begin(state)
             if steering is not None:
                 order = steering.agree(state.step)
                 if saver is not None and (order.save or order.stop) and not is_saved:
+                    watch.beat("save")
                     bad_images.settle(state, metrics)
                     saver.begin(state)
                 if saver is not None and order.stop:
@@ -187,6 +188,7 @@ def train(
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
         if saver is not None:
+            watch.beat("save")
             saver.wait(required=True)
 
 
@@ -213,39 +215,52 @@ def first_slot(global_batch: int, engine: Engine, micro_batch: int) -> int:
 class _Meter:
     """What one step took and gave, on this rank; summed over the ranks when the step is logged."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, watch: Beats) -> None:
         self.engine = engine
+        self.watch = watch
         self.clock = StepClock(engine.device)
         engine.time_collectives(self.clock)
 
-    def start(self) -> None:
+    def start(self, step: int) -> None:
+        self.step = step
         self.started_s = time.perf_counter()
         self.data_wait_s = 0.0
         self.samples_hash = 0
         self.losses: list[Tensor] = []
         self.clock.restart()
 
-    def next_of(self, stream: Iterator[MicroBatch]) -> MicroBatch:
+    def next_of(self, stream: Iterator[MicroBatch], micro_batch: int) -> MicroBatch:
+        self.micro_batch = micro_batch
+        self._enter("data")
+        fault_point("data.batch", **self._here)
         before_s = time.perf_counter()
         batch = next(stream)
         self.data_wait_s += time.perf_counter() - before_s
         self.clock.passed("data")
+        self._enter("forward")
+        fault_point("step.forward", **self._here)
         return batch
 
     def add(self, loss: Tensor, batch: MicroBatch) -> None:
         self.losses.append(loss.detach())  # stays on the device: reading it here would wait for the forward pass
         self.samples_hash += batch.samples_hash
-        self.clock.passed("forward")
+        self.passed("forward")
 
-    def passed_at(self, here: dict[str, int]) -> Callable[[str], None]:
-        """What the engine tells of each part it has done; between backward and update is a fault point."""
+    def passed(self, part: str) -> None:
+        """A part of a micro-batch is done, and the next one begins."""
+        self.clock.passed(part)
+        self._enter({"forward": "backward", "backward": "optimizer", "optimizer": "end"}[part])
+        if part == "forward":
+            fault_point("step.backward", **self._here)
+        elif part == "backward":
+            fault_point("step.optimizer", **self._here)
 
-        def passed(part: str) -> None:
-            self.clock.passed(part)
-            if part == "backward":
-                fault_point("step.optimizer", **here)
+    @property
+    def _here(self) -> dict[str, int]:
+        return {"rank": self.engine.rank, "step": self.step, "micro_batch": self.micro_batch}
 
-        return passed
+    def _enter(self, phase: str) -> None:
+        self.watch.beat(phase, step=self.step, micro_batch=self.micro_batch)
 
     def line(self, state: TrainState, plan: Plan, lr: float) -> dict[str, float | int | str | None]:
         """One line of metrics.jsonl. Collective, and waits for the device."""

@@ -123,8 +123,16 @@ DAMAGES = {
         f"{RECORD} belongs to step-00000003",
     ),
     "record of another schema": (
-        lambda path: write_json(path / RECORD, sealed({"schema_version": 1})),
+        lambda path: write_json(path / RECORD, sealed({"schema_version": 3})),
         f"{RECORD} is not a record of schema 2",
+    ),
+    "record of an older schema, damaged": (
+        lambda path: write_json(path / RECORD, {"schema_version": 1}),
+        f"{RECORD} is not a record of schema 2",
+    ),
+    "record of an older schema": (
+        lambda path: write_json(path / RECORD, sealed({"schema_version": 1})),
+        f"{RECORD} is of an older schema than 2",
     ),
 }
 
