@@ -16,7 +16,7 @@ from data_pipeline.manifest import LOCATION, MANIFEST, REJECTS, TIMM_INFO
 from data_pipeline.options import refuse_other_options
 from data_pipeline.store import Store, open_store
 from vitscale.base.errors import EnvironmentFault
-from vitscale.base.files import fsync_path, publish, sha256_file, temporary_beside, write_bytes, write_json
+from vitscale.base.files import fsync_path, publish, sha256_file, temporary_beside, unsafe_name, write_bytes, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Destination:
             return False
         record = json.loads(manifest)
         refuse_other_options(wanted_options, record["build"].get("options", {}), f"{self.url} holds a dataset built")
+        if (odd := unsafe_name(shard["name"] for shard in record["shards"])) is not None:
+            raise EnvironmentFault(f"{self.url}/{MANIFEST} names a shard {odd}; expected plain file names, each once")
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in (*(f"{shard['name']}.parquet" for shard in record["shards"]), REJECTS, TIMM_INFO):
             write_bytes(self.directory / name, store_of(self.url).read(name))

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitscale.base.errors import EnvironmentFault
-from vitscale.base.files import canonical_json, read_json, sha256_bytes, write_bytes
+from vitscale.base.files import canonical_json, read_json, sha256_bytes, unsafe_name, write_bytes
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -145,6 +145,9 @@ def read_manifest(directory: Path) -> Manifest:
         found = record.get("schema_version") if isinstance(record, dict) else None
         raise EnvironmentFault(f"{path}: expected schema_version {SCHEMA_VERSION}, got {found!r}; rebuild the dataset")
     try:
+        # Names become paths, and a manifest may come from elsewhere.
+        if (odd := unsafe_name(shard["name"] for shard in record["shards"])) is not None:
+            raise EnvironmentFault(f"{path} names a shard {odd}; expected plain file names, each once: rebuild the dataset")
         return Manifest(
             directory=directory,
             fingerprint=sha256_bytes(path.read_bytes()),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from vitscale.base.credentials import masked
 from vitscale.base.errors import TransientFault, VitscaleError
 
 UNUSUAL = 16
@@ -161,5 +162,5 @@ class Trials:
 
 
 def first_line(error: BaseException) -> str:
-    """obstore appends pages of its own inner state."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """obstore appends pages of its own inner state; the URL it names may be a signed one."""
+    return masked(str(error).splitlines()[0]) if str(error) else type(error).__name__

@@ -12,9 +12,10 @@ from data_pipeline.config import DataConfig, bytes_of
 from data_pipeline.fetcher import Fetcher, ShardsOf
 from data_pipeline.manifest import MANIFEST, Manifest, read_manifest
 from data_pipeline.patience import PATIENCE
-from data_pipeline.store import is_url, open_store
+from data_pipeline.store import SCHEMES, is_url, open_store
 from data_pipeline.stream import PREFETCH_PER_WORKER
-from vitscale.base.errors import EnvironmentFault
+from vitscale.base.credentials import masked
+from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import sha256_bytes, write_bytes
 
 OPEN_DEADLINE_S = 60.0
@@ -27,6 +28,9 @@ def open_dataset(location: str, *, cache_dir: Path) -> Manifest:
     Raises EnvironmentFault when there is none or it is refused, TransientFault when the store does not answer.
     """
     if not is_url(location):
+        if "://" in location:
+            schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+            raise UsageError(f"expected a directory or a URL of {schemes}, got {masked(location)}")
         return read_manifest(Path(location))
     store = open_store(location, patience=dataclasses.replace(PATIENCE, deadline_s=OPEN_DEADLINE_S))
     content = store.read(MANIFEST)
@@ -37,12 +41,7 @@ def open_dataset(location: str, *, cache_dir: Path) -> Manifest:
         write_bytes(directory / MANIFEST, content)
     except OSError as error:
         raise EnvironmentFault(f"the cache {cache_dir} cannot be written ({error}); set data.cache_dir") from None
-    manifest = dataclasses.replace(read_manifest(directory), tars_at=store.url)
-    for shard in manifest.shards:
-        # Names become paths in the cache, and the store is not ours.
-        if "/" in shard.name or "\0" in shard.name or shard.name.startswith("."):
-            raise EnvironmentFault(f"{store.url_of(MANIFEST)} names a shard {shard.name!r}; expected a plain file name")
-    return manifest
+    return dataclasses.replace(read_manifest(directory), tars_at=store.url)
 
 
 def tars_of(manifest: Manifest, cache_dir: Path) -> Path:

@@ -29,6 +29,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import from_url
 
 from data_pipeline.patience import PATIENCE, Pace, Passing, Patience, Stopped, Trials, Watch, first_line
+from vitscale.base.credentials import masked
 from vitscale.base.errors import EnvironmentFault, UsageError, VitscaleError
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
@@ -72,10 +73,14 @@ def open_store(url: str, *, patience: Patience = PATIENCE) -> "Store":
     """A store, without a request. Raises UsageError for a URL that names none."""
     parts = urlsplit(url)
     if not is_url(url) or not parts.hostname:
-        raise UsageError(f"expected a URL such as s3://bucket/prefix or https://host/path, got {url!r}")
-    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UsageError(f"expected a URL such as s3://bucket/prefix or https://host/path, got {masked(url)!r}")
+    # A secret with a slash ends the host: KEY:SEC/RET@bucket.
+    _, colon, port = parts.netloc.rpartition("@")[2].rpartition("]")[2].rpartition(":")
+    has_odd_port = bool(colon) and not port.isdecimal()
+    if parts.username or parts.password or parts.query or parts.fragment or has_odd_port:
+        place = "" if has_odd_port else f" at {parts.hostname}{parts.path}"
         raise UsageError(
-            f"expected a URL without user, query and fragment, got one at {parts.hostname}{parts.path}; "
+            f"expected a URL without user, query and fragment, got one{place}; "
             "credentials belong into the environment (AWS_ACCESS_KEY_ID and the like)"
         )
     return Store(url.rstrip("/"), patience=patience)

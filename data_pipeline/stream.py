@@ -145,7 +145,8 @@ class Stream:
         workers, batch_bytes = self._workers, self._dataset.batch_bytes
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         # Memory of its own at every start: a worker killed in the middle may have left half an image in the old one.
-        self._slots = _Slots(PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers else 0, size=batch_bytes)
+        slots = PREFETCH_PER_WORKER * workers + SLOTS_BESIDE_PREFETCH if workers and batch_bytes else 0
+        self._slots = _Slots(slots, size=batch_bytes)
         loader = DataLoader(
             cast(Any, _InSlots(self._dataset, self._slots)),
             batch_sampler=cast(Any, self._slots.dealt(self._remembered())),

@@ -25,6 +25,7 @@ from launch.command import DEFAULT_DS_CONFIG
 from launch.datasets import require_fit
 from launch.peers import PEERS
 from vitscale.base.cluster import resolve_cluster
+from vitscale.base.credentials import masked_words
 from vitscale.base.errors import UsageError, run_main
 from vitscale.base.files import write_json
 from vitscale.base.progress import bytes_in_words
@@ -66,7 +67,7 @@ def main() -> None:
         options.overrides = [*options.overrides, *settings]
     record = {"loader": bench_loader, "step": bench_step, "checkpoint": bench_checkpoint}[options.what](options)
     if options.json and resolve_cluster(os.environ).rank == 0:
-        write_json(options.json, {**record, "command": " ".join(["python", "launch/bench.py", *sys.argv[1:]])})
+        write_json(options.json, {**record, "command": " ".join(["python", "launch/bench.py", *masked_words(sys.argv[1:])])})
 
 
 def _add_loader(parser: ArgumentParser) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from data_pipeline.loader import train_stream
 from data_pipeline.manifest import Manifest
 from data_pipeline.stream import MicroBatch
-from launch.assemble import make_plan
 from launch.engines import make_engine, product_dtype
+from launch.job import make_plan
 from launch.peers import deepspeed_step, timm_model
 from vitscale.config import Config
 from vitscale.ds_config import DsConfig

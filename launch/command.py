@@ -11,11 +11,12 @@ from data_pipeline.config import sources_of, spelled
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import SLOTS
 from launch.arguments import Parser
-from launch.assemble import Job, carry_out, make_plan, require_cache
+from launch.assemble import carry_out
 from launch.branch import Parent, find_parent, is_same_parent, require_same_state
 from launch.datasets import EMBEDDED, absolute, open_datasets
 from launch.estimates import DEFAULT_GPU, Row, estimate_rows, suspicious_rows
 from launch.gate import check_configuration
+from launch.job import Job, make_plan, require_cache
 from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError

@@ -1,6 +1,6 @@
 """What a run will need and take, as rows of the table that a start prints: closed forms with their formulas, not measured."""
 
-from launch.assemble import Job
+from launch.job import Job
 from vitscale.planning.memory import Term, memory_terms, peak_bytes, total
 from vitscale.planning.peaks import GPUS
 from vitscale.planning.time import MFU_ASSUMED, run_seconds

@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from launch.arguments import Parser
-from launch.assemble import Job, make_plan
 from launch.command import DEFAULT_DS_CONFIG, derived_rows, table
 from launch.estimates import DEFAULT_GPU, estimate_rows, suspicious_rows
+from launch.job import Job, make_plan
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError, run_main
 from vitscale.config import apply_overrides

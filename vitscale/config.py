@@ -214,13 +214,13 @@ class RunConfig:
     """Prove the gradients of a configuration against plain torch before its first start, on a reduced twin; or never."""
     histograms_every: int | str = watching(0)
     """Histograms of update-to-weight ratios per block, maximum and entropy of attention, to TensorBoard; 0: never."""
-    step_timeout: float = watching(600.0)
-    """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
-    than the compilation in the first step and than a save."""
     stop_after: int | str = watching(0)
     """Save and end (exit 76) before a start of the program is this old: seconds, or a text such as "3h50m"; 0: no limit."""
     integrity_every: int | str = watching(100)
     """Compare what all ranks must hold equally, bit for bit; also before each save. 0: never."""
+    step_timeout: float = watching(600.0)
+    """Seconds without any progress after which a run counts as hung, names the late rank and ends with 75; 0: never. Longer
+    than the compilation in the first step and than a save."""
 
     def __post_init__(self) -> None:
         try:

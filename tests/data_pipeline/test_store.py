@@ -195,6 +195,7 @@ def test_only_urls_of_stores_are_taken():
         ("/tmp/set", "expected a URL such as"),
         ("https://user:word@host/set", "without user, query and fragment, got one at host/set; credentials belong"),
         ("https://host/set?token=word", "without user, query and fragment, got one at host/set"),
+        ("s3://KEY:wo/word@bucket/set", "without user, query and fragment, got one; credentials belong"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
             open_store(url)

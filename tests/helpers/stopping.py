@@ -67,7 +67,7 @@ def asked_to_stop(
 
 
 def wait_for_steps(run: Path, steps: int, program: Program) -> None:
-    limit_s = time.monotonic() + 120
+    limit_s = time.monotonic() + 400
     while len(curve(run)) < steps:
         time.sleep(0.01)
         assert "error:" not in program.text and "Traceback" not in program.text, program.text

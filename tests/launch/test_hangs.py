@@ -16,7 +16,7 @@ from vitscale.training.metrics import read_lines
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = (*SMALL, "train.length=14", "run.save_every=5", "run.eval_every=12", "run.log_every=1", "run.step_timeout=4")
+ARGUMENTS = (*SMALL, "train.length=14", "run.save_every=5", "run.eval_every=12", "run.log_every=1", "run.step_timeout=10")
 NAMES = ("loss", "grad_norm", "samples_hash", "images_seen")
 HOST = socket.gethostname()
 

@@ -36,6 +36,7 @@ ALIVE_AFTER_S = 60.0
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
     wanted = sys.argv[1:] or ["cost", "forked", "launcher"]
     if "cost" in wanted:
         print_cost()
@@ -126,8 +127,8 @@ def forked_row(scratch: Path, quiet: Path, name: str, workers: int, ask: object,
 
 def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
     place = scratch / "launched"
-    for whom in ("rank 1", "rank 0", "node launcher", "runner", "wrapper"):
-        for name in SIGNALS if whom.startswith("rank") else (*SIGNALS, "SIGKILL"):
+    for name in (*SIGNALS, "SIGKILL"):
+        for whom in ("runner", "node launcher", "wrapper", "rank 1", "rank 0")[: 3 if name == "SIGKILL" else 5]:
             outcome, after_s = launched(place, name, whom, log=scratch / "launched.txt")
             reason = outcome.status.get("reason") or outcome.status
             yield name, whom, outcome.codes[0], f"{after_s:.1f}", outcome.saved, outcome.steps_lost, len(outcome.alive), reason

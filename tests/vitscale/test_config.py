@@ -269,7 +269,7 @@ KINDS = {
         train.branch""",
     "watching": """run.log_every run.eval_every run.save_every
         run.failures_per_host_day run.attention_every run.keep_last run.keep_every run.parity
-        run.step_timeout run.histograms_every run.integrity_every run.stop_after""",
+        run.histograms_every run.integrity_every run.stop_after run.step_timeout""",
 }
 
 

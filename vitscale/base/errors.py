@@ -5,12 +5,15 @@ into that sentence and an exit code; a traceback is only ever printed for a defe
 """
 
 import difflib
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from enum import IntEnum
+
+from vitscale.base.credentials import masked
 
 
 class ExitCode(IntEnum):
@@ -94,6 +97,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
+_DISK = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE])
+"""Errors of the system that speak of the disk, not of us."""
+
 INTERRUPTED = 128 + signal.SIGINT
 """What a shell calls a program ended by Ctrl-C."""
 
@@ -113,10 +119,16 @@ def run_main(main: Callable[[], None]) -> None:
         if error.is_said:
             pass
         elif is_rank_zero or error.every_rank_speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {masked(str(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANK_WAIT_S)
         _leave(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}; free room or mend the disk, then start again", file=sys.stderr, flush=True)
+        _leave(ExitCode.TRANSIENT)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from what was committed", file=sys.stderr, flush=True)
         _leave(INTERRUPTED)

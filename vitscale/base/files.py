@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,41 @@ from vitscale.base.errors import EnvironmentFault
 HASH_CHUNK_BYTES = 4 << 20
 
 
+_SAFE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]{1,240}")
+
+
+def safe_name(name: object) -> bool:
+    """Whether a name that a record holds may become a file in its directory: one plain component, nothing hidden."""
+    return isinstance(name, str) and _SAFE_NAME.fullmatch(name) is not None
+
+
+def unsafe_name(names: Iterable[object]) -> str | None:
+    """The first name, as it is written in Python, that is not safe or meets another where case is ignored; None: all fine."""
+    seen = set()
+    for name in names:
+        if not safe_name(name) or (folded := str(name).casefold()) in seen:
+            return repr(name)
+        seen.add(folded)
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system say which file it met: what fails at an open file does not know its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a directory to the device. A rename is durable only after its directory was flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -47,7 +78,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either absent, the old one, or the whole new one."""
     with temporary_beside(path) as temporary:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -69,7 +100,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise EnvironmentFault(f"expected a file at {path}, found none") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise EnvironmentFault(f"{path} cannot be read as JSON ({error}); restore it from a copy") from None
 
 
@@ -80,7 +111,7 @@ def sha256_bytes(content: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a whole file, read in chunks."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with naming(path), open(path, "rb", buffering=0) as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from vitscale.base.errors import EnvironmentFault, UsageError
-from vitscale.base.files import canonical_json, publish, read_json, sha256_bytes, sha256_file
+from vitscale.base.files import canonical_json, publish, read_json, sha256_bytes, sha256_file, unsafe_name
 from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero
 from vitscale.training.partitions import StoredState, average
 from vitscale.training.pieces import Partition
@@ -37,9 +37,6 @@ RECORD = "vitscale.json"
 _COMMITTED = re.compile(r"step-(\d{8,})$")
 _BAD = re.compile(r"step-\d{8,}\.bad-\d+$")
 _OURS = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_|(?:partition|ema)-(\d+)\.(?:json|safetensors)$|mp_rank_")
-
-
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(kw_only=True)
@@ -179,9 +176,11 @@ def check_file(directory: Path, entry: dict[str, Any]) -> str | None:
         return f"{entry['name']} is {'no regular file' if path.is_symlink() or path.exists() else 'missing'}"
     if path.stat().st_size != entry["bytes"]:
         return f"{entry['name']} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    if sha256_file(path) != entry["sha256"]:
-        return f"{entry['name']} does not have its recorded sha256"
-    return None
+    try:
+        sha256 = sha256_file(path)
+    except OSError as error:
+        return f"{entry['name']} cannot be read ({error.strerror})"
+    return None if sha256 == entry["sha256"] else f"{entry['name']} does not have its recorded sha256"
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -199,16 +198,34 @@ def read_record(path: Path) -> tuple[str | None, dict[str, Any]]:
         return f"{RECORD} is no valid JSON", {}
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
         return f"{RECORD} is not a record of schema {SCHEMA_VERSION}", {}
-    if record != sealed({key: value for key, value in record.items() if key != "record_sha256"}):
+    # Byte for byte: a number spelled otherwise, a key written twice or a lost last byte is damage too.
+    unsealed = {key: value for key, value in record.items() if key != "record_sha256"}
+    if canonical_json(sealed(unsealed)) != (path / RECORD).read_bytes():
         return f"{RECORD} does not have its own recorded sha256", {}
+    if not _makes_sense(record):
+        return f"{RECORD} lacks a state or a list of files", {}
     if directory_name(record["state"]["step"]) != path.name:
         return f"{RECORD} belongs to {directory_name(record['state']['step'])}", {}
+    if (odd := unsafe_name(entry.get("name") for entry in record["files"])) is not None:
+        return f"{RECORD} names {odd}, expected plain names of files, each once", {}
     recorded = {entry["name"] for entry in record["files"]}
-    if odd := sorted(name for name in recorded if not _PLAIN.fullmatch(name)):
-        return f"{RECORD} names {odd[0]!r}, which is no plain file name", {}
     # DeepSpeed and StoredState look for files by pattern: one too many would be read, or counted as a rank.
     foreign = sorted(file.name for file in path.iterdir() if _OURS.match(file.name) and file.name not in recorded)
     return (f"{foreign[0]} is not in its record", {}) if foreign else (None, record)
+
+
+def _makes_sense(record: dict[str, Any]) -> bool:
+    """Whether what the checks of a checkpoint look at is there: anybody can seal a record."""
+    state, files = record.get("state"), record.get("files")
+    return (
+        isinstance(state, dict)
+        and isinstance(state.get("step"), int)
+        and isinstance(files, list)
+        and all(
+            isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+            for entry in files
+        )
+    )
 
 
 def put_aside(path: Path) -> Path:

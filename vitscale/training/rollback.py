@@ -21,7 +21,16 @@ from vitscale.base.errors import DivergedError
 from vitscale.base.faults import fault_point
 from vitscale.base.files import read_json, write_json
 from vitscale.config import TrainConfig
-from vitscale.training.checkpoint import Saved, TrainState, candidates, checked, load_checkpoint, read_record
+from vitscale.training.checkpoint import (
+    Saved,
+    TrainState,
+    candidates,
+    checked,
+    kept_for_ever,
+    load_checkpoint,
+    put_aside,
+    read_record,
+)
 from vitscale.training.engine import Engine, barrier, from_rank_zero
 from vitscale.training.guard import RollBack
 from vitscale.training.metrics import Metrics, read_lines
@@ -62,7 +71,7 @@ def finish_rollbacks(run: Path, *, rank: int) -> None:
         for path in candidates(run / "checkpoints"):
             complaint, record = read_record(path)
             if complaint is None and is_given_up(record["state"], records):
-                _delete(path)
+                _give_up(path)
     barrier()
 
 
@@ -113,7 +122,7 @@ def roll_back(
         fault_point("rollback.recorded", rank=0, step=wanted.state.step)
         for path in candidates(run / "checkpoints"):
             if int(path.name.removeprefix("step-")) > saved.state.step:
-                _delete(path)
+                _give_up(path)
     barrier()
     fault_point("rollback.deleted", rank=engine.rank, step=wanted.state.step)
     return taken_up(run, load_checkpoint(engine, saved), rank=engine.rank)
@@ -143,6 +152,10 @@ def _newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[st
     return None
 
 
-def _delete(path: Path) -> None:
-    """Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name."""
-    shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))
+def _give_up(path: Path) -> None:
+    """Delete a step directory, or put it aside where a .keep file protects it."""
+    if path.name in kept_for_ever(path.parent):
+        put_aside(path)
+    else:
+        # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
+        shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))

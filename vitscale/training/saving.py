@@ -23,7 +23,7 @@ import torch
 
 from vitscale.base.errors import TransientFault
 from vitscale.base.faults import fault_point
-from vitscale.base.files import canonical_json, fsync_path, publish, sha256_file, write_bytes, write_json
+from vitscale.base.files import canonical_json, fsync_path, naming, publish, sha256_file, write_bytes, write_json
 from vitscale.planning.cadence import steps_between_saves
 from vitscale.training.checkpoint import (
     RECORD,
@@ -242,7 +242,8 @@ class Saver:
 
     def _write(self, partial: Path, writers: dict[str, Callable[[Path], None]], step: int) -> list[dict[str, Any]]:
         for name, write in writers.items():
-            write(partial / name)
+            with naming(partial / name):
+                write(partial / name)
         fault_point("checkpoint.files", rank=self._engine.rank, step=step)
         entries = []
         for name in writers:
@@ -283,8 +284,14 @@ class Saver:
 
 def _torch_writer(content: Any) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        with open(path, "wb") as file:  # torch's own file has no errno for a full disk
-            torch.save(content, file)
+        try:
+            with open(path, "wb") as file:  # torch's own file has no errno for a full disk
+                torch.save(content, file)
+        except RuntimeError as error:
+            # After a failed write torch still closes its archive, and complains of that instead.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     return write
 

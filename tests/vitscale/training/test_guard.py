@@ -1,6 +1,7 @@
 """Steps that must not count: told, non-finite, spikes, bad gradients; all leave the same bits behind at every ZeRO stage."""
 
 import math
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_a_run_resumed_in_the_middle_of_the_window_decides_the_same():
 
 # ---- on engines -----------------------------------------------------------------------------------------------------
 
+LONG = pytest.mark.skipif("VITSCALE_LONG_TESTS" not in os.environ, reason="set VITSCALE_LONG_TESTS=1 for the long form")
 STEPS = 7
 BAD = {2: "nan", 4: "tenfold", 6: "gradient"}
 
@@ -185,13 +187,13 @@ def trained(engine: Any, config: Any, bad: dict[int, str], state: TrainState) ->
     return losses, [event["why"] for event in written.events]
 
 
-def on_stages(cluster: Cluster, stages: tuple[int, ...]) -> dict[int, Any]:
+def on_stages(cluster: Cluster, stages: tuple[int, ...], precision: str) -> dict[int, Any]:
     found = {}
     for stage in stages:
         outcomes = []
         for bad, told in ((BAD, ()), ({}, tuple(BAD)), ({}, ())):
             names = ("train.rollback_skips=0", "train.ema=[0.9]", f"train.skip_steps={list(told)}")
-            config, ds = settings(stage, cluster.world, *names, "optim.micro_batch_max=3")
+            config, ds = settings(stage, cluster.world, *names, "optim.micro_batch_max=3", f"train.precision={precision}")
             engine = make(config, ds)
             state = TrainState(accepted_losses=list(KNOWN))
             losses, why = trained(engine, config, bad, state)
@@ -204,9 +206,10 @@ def on_stages(cluster: Cluster, stages: tuple[int, ...]) -> dict[int, Any]:
 
 
 @pytest.mark.slow
-def test_what_went_bad_leaves_the_bits_of_a_run_told_to_skip_at_every_stage():
+@pytest.mark.parametrize(("precision", "stages"), [("fp32", (0, 2, 3)), pytest.param("bf16", (0, 1, 2, 3), marks=LONG)])
+def test_what_went_bad_leaves_the_bits_of_a_run_told_to_skip_at_every_stage(precision, stages):
     """NaN on one of two ranks, a tenfold loss, an infinite gradient, against train.skip_steps: losses, weights, averages."""
-    by_rank = run_ranks(2, on_stages, (0, 1, 2, 3))
+    by_rank = run_ranks(2, on_stages, stages, precision)
     for by_stage in by_rank:
         for stage, ((losses, why, state, weights, averages), told, unharmed) in by_stage.items():
             assert why == ["loss", "spike", "gradient"], stage

@@ -73,7 +73,7 @@ def test_more_than_half_of_the_ranks_are_believed(values, ranks):
 
 # ---- over ranks -----------------------------------------------------------------------------------------------------
 
-FLIPS = 8
+FLIPS = 6
 
 
 def flip(tensor: Tensor, place: int, bit: int) -> None:

@@ -180,7 +180,7 @@ def test_the_eta_counts_work_where_later_steps_cost_more_and_the_last_checkpoint
     # Steps from the 51st on cost three times as much.
     metrics = Metrics(tmp_path, total_steps=100, work_until=lambda step: step + 2 * max(0, step - 50), clock=clock)
     metrics.open(0)
-    metrics.log_saved(40)
+    metrics.log_saved(40, blocked_s=0.1, flush_s=0.5, bytes_=1000)
     clock.now_s += 50.0
     metrics.log_step(line_of(50))
     metrics.close()

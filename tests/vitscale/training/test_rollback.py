@@ -71,8 +71,9 @@ def start(cluster: Cluster, run: Path) -> list[Any]:
 @pytest.mark.slow
 def test_a_start_ends_a_rollback_that_was_killed_and_forgets_those_still_ahead(tmp_path):
     write_json(tmp_path / ROLLBACKS, [FIRST])
-    for step in (16, 20, 24):
+    for step in (16, 20, 24, 25):
         write_checkpoint(tmp_path, step, [])
+    (tmp_path / "checkpoints" / "step-00000025.keep").touch()
     write_checkpoint(tmp_path, 28, [segment_of(FIRST)])
     by_rank = run_ranks(2, start, tmp_path)
     assert by_rank[0] == by_rank[1]
@@ -82,3 +83,6 @@ def test_a_start_ends_a_rollback_that_was_killed_and_forgets_those_still_ahead(t
     assert at_16 == (TrainState(step=16, position=160), []) and read_rollbacks(tmp_path) == []
     assert again_at_20 == (TrainState(step=20, position=200), [])
     assert json.loads((tmp_path / ROLLBACKS).read_text()) == [] and not list(tmp_path.glob("checkpoints/*.partial"))
+    assert [path.name for path in tmp_path.glob("checkpoints/*.bad-*")] == ["step-00000025.bad-1"], (
+        "protected by its .keep file"
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def test_the_stored_configuration_is_read_strictly(tmp_path):
 def two_attempts(cluster: Cluster, run: Path) -> None:
     require_shared_directory(run, cluster)
     followed = [Difference(key="data.workers", kind="machine", stored=0, wanted=3)]
+    sys.argv = ["launch/pretrain.py", "--data", "s3://KEY:SE/CRET@bucket/set", "--token", "CRET"]
+    for name in (".status.json.tmp-0123", "checkpoints/.latest.tmp-0123", "provenance/.attempt-001.json.tmp-0123"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("half")
+    (run / ".lease.json.tmp-0123").write_text("being written")
     for differing in ([], followed):
         ds = resolve_ds_config({}, config=STORED, world=cluster.world)
         begin_attempt(run, config=STORED, ds=ds, cluster=cluster, followed=differing)
@@ -96,7 +102,14 @@ def two_attempts(cluster: Cluster, run: Path) -> None:
 def test_each_start_leaves_a_record_and_the_resolved_settings(tmp_path):
     run = tmp_path / "runs" / "a"
     run_ranks(1, two_attempts, run)
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "ds_config.json", "provenance"]  # the nonce is gone
+    assert sorted(p.name for p in run.iterdir()) == [
+        ".lease.json.tmp-0123",
+        "checkpoints",
+        "config.json",
+        "ds_config.json",
+        "provenance",
+    ], "the nonce is gone, and what a kill had left half written"
+    assert not list((run / "checkpoints").iterdir()) and len(list((run / "provenance").iterdir())) == 2
     assert stored_config(run) == STORED
     ds_record = json.loads((run / "ds_config.json").read_text())
     assert ds_record["train_micro_batch_size_per_gpu"] == 48
@@ -106,6 +119,7 @@ def test_each_start_leaves_a_record_and_the_resolved_settings(tmp_path):
     assert (first["world"], first["hosts"], first["launcher"]) == (1, ["test"], "test")
     assert first["versions"].keys() == {"python", "torch", "deepspeed"}
     assert first["threads"] >= 1
+    assert first["command"] == ["launch/pretrain.py", "--data", "s3://***@bucket/set", "--token", "***"]
     assert not any("environ" in key for key in first), "the environment may hold secrets"
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.assemble import make_plan
+from launch.job import make_plan
 from vitscale.base.errors import UsageError
 from vitscale.config import OptimConfig, apply_overrides
 from vitscale.recipes.catalog import recipe_named
