@@ -7,6 +7,8 @@ slot  shared memory for the images of one micro-batch, made before the workers a
       touch in two processes, and fill /dev/shm, which is small in containers; a slot has no name and no limit but the
       memory. It is free again when the rank has dropped the last tensor over it. A rank that keeps its micro-batches
       runs out of slots; what follows travels as torch sends tensors.
+parcel  the rest of a micro-batch on its way: arrays, copied through a pipe. A tensor would travel as a file descriptor, for
+      which its worker listens at a socket in a temporary directory, and a kill -9 would leave that directory behind.
 death of a worker, as by the out-of-memory killer: what it was at is a pure function of its list, and the lists that were
       dealt and not yet handed over are remembered. All workers are started anew with those: none is lost, none comes twice.
 
@@ -37,6 +39,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data_pipeline.deaths import HEALS_WITHIN_STEPS, Deaths, WorkerDeath, say_death
 from vitscale.base.errors import VitscaleError
+from vitscale.base.faults import fault_point
 
 PREFETCH_PER_WORKER = 2
 """Micro-batches each worker keeps ready."""
@@ -278,22 +281,47 @@ class _InSlots:
     def __init__(self, dataset: MicroBatches, slots: _Slots) -> None:
         self._dataset = dataset
         self._slots = slots
+        self._made = 0
 
-    def __getitems__(self, dealt: tuple[int | None, list[int]]) -> tuple[int | None, MicroBatch | VitscaleError]:
+    def __getitems__(self, dealt: tuple[int | None, list[int]]) -> tuple[int | None, Any]:
         global _slot_here
         slot, numbers = dealt
-        if slot is None:
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
             return None, self._dataset.__getitems__(numbers)
-        _slot_here = self._slots.array(slot)
+        self._made += 1  # by this worker: all were forked after this object was made
+        fault_point("worker.batch", rank=int(os.environ.get("RANK", 0)), worker=worker.id, batch=self._made)
+        _slot_here = self._slots.array(slot) if slot is not None else _slot_here[:0]
         try:
             batch = self._dataset.__getitems__(numbers)
         finally:
             _slot_here = _slot_here[:0]
-        if isinstance(batch, VitscaleError):
-            return slot, batch
-        shape = batch.images_BHWC.shape
-        # A tensor without memory of its own: four strides of nothing over one byte.
-        return slot, dataclasses.replace(batch, images_BHWC=torch.zeros(1, dtype=torch.uint8).expand(shape))
+        return slot, batch if isinstance(batch, VitscaleError) else _Parcel(batch, is_in_slot=slot is not None)
+
+
+class _Parcel:
+    """A micro-batch that comes out of the pipe as one again; without memory for its images if they stand in a slot."""
+
+    def __init__(self, batch: MicroBatch, *, is_in_slot: bool) -> None:
+        self._batch, self._is_in_slot = batch, is_in_slot
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        batch = self._batch
+        arrays = {name: getattr(batch, name).numpy() for name in ("labels_B", "labels_BM", "counted_B")}
+        images = tuple(batch.images_BHWC.shape) if self._is_in_slot else batch.images_BHWC
+        return _opened, (images, arrays, batch.samples_hash, batch.bad_images)
+
+
+def _opened(
+    images: torch.Tensor | tuple[int, ...],
+    arrays: dict[str, np.ndarray],
+    samples_hash: int,
+    bad_images: tuple[BadSample, ...],
+) -> MicroBatch:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    # A tensor without memory of its own: four strides of nothing over one byte.
+    images_BHWC = images if isinstance(images, torch.Tensor) else torch.zeros(1, dtype=torch.uint8).expand(images)
+    return MicroBatch(images_BHWC=images_BHWC, samples_hash=samples_hash, bad_images=bad_images, **tensors)
 
 
 _open_streams: weakref.WeakSet[Stream] = weakref.WeakSet()

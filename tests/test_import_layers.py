@@ -50,7 +50,7 @@ HOMES = {
     "accelerate": ["vitscale.evaluation", "launch.evaluate"],
     "braceexpand": ["data_pipeline.sources.packed"],
     "cv2": ["data_pipeline.colour", "data_pipeline.decode"],
-    "deepspeed": ["vitscale.training.engine", "launch.peers"],
+    "deepspeed": ["vitscale.training.engine", "launch.peers", "launch.forked"],
     "matplotlib": ["vitscale.insight"],
     "numpy": [*PACKAGES],
     "obstore": ["data_pipeline.store"],

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -191,3 +192,18 @@ def test_a_defect_inside_a_worker_is_no_death():
 
     with closing(Stream(Broken(), lists(3), workers=1)) as stream, pytest.raises(KeyError, match="a defect"):
         next(stream)
+
+
+def test_workers_that_are_killed_leave_no_file_behind(tmp_path, monkeypatch):
+    """Neither in the temporary directory nor in shared memory: nobody would ever clear it away."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.delitem(multiprocessing.process.current_process()._config, "tempdir", raising=False)  # remembered there
+    stream = Stream(Painted(), lists(60), workers=2)
+    for _ in range(10):
+        next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    assert list(tmp_path.iterdir()) == []
+    stream.close()

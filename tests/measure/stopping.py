@@ -22,7 +22,7 @@ from pathlib import Path
 from launch.supervise import newest_checkpoint
 from tests.helpers import stopping
 from tests.helpers.program import Program, curve, run
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.stopping import ARGUMENTS, ENDLESS, STEPS, Outcome, asked_to_stop, is_undisturbed, outcome_of, signal_to
 from vitscale.base.cluster import Cluster
 from vitscale.base.host import Process, ancestors, descendants, process_of
@@ -147,11 +147,12 @@ def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
 
 def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, float]:
     """One start of the launcher that is sent a signal; what became of it, and after how many seconds it had ended."""
-    command = [str(DEEPSPEED), "--num_gpus", "2", "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
+    launcher = [str(DEEPSPEED), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*launcher, "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
     if whom == "wrapper":
         command = [sys.executable, "launch/supervise.py", str(place), "--", *command]
     before = len(curve(place))
-    with open(log, "a") as output:
+    with open(log, "w") as output:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -170,9 +171,10 @@ def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, 
         after_s = time.monotonic() - sent_s
         return outcome_of(place, [code], processes, alive_after_s=ALIVE_AFTER_S), after_s
     finally:
-        child.poll()
-        for process in descendants(child.pid) if child.returncode is None else []:
-            os.kill(process.pid, signal.SIGKILL)
+        if child.poll() is None:
+            for process in [*descendants(child.pid), child]:
+                os.kill(process.pid, signal.SIGKILL)
+            child.wait()
 
 
 def place_of(whom: str, started: int, processes: list[Process]) -> int:

@@ -69,10 +69,22 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     Drawn at random: the number of a process is that of another one on the next machine, or after a kill.
     """
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(6)}")
+    _in_use.add(temporary)
     try:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+        _in_use.discard(temporary)
+
+
+_in_use: set[Path] = set()  # by the threads of this process
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what a process that was killed while it wrote has left in a directory. Only for who alone writes there."""
+    for path in directory.glob(".*.tmp-*"):
+        if path not in _in_use:
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

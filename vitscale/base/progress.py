@@ -17,6 +17,29 @@ def progress(items: Iterable[T], *, total: int, what: str, unit: str = "it") -> 
     yield from tqdm(items, total=total, desc=what, unit=unit, mininterval=_interval_s(), dynamic_ncols=True)
 
 
+class Bar:
+    """A progress bar that is told how far things are: rate and ETA on stderr."""
+
+    def __init__(self, *, total: int, what: str, unit: str) -> None:
+        self._bar = tqdm(total=total, desc=what, unit=unit, mininterval=_interval_s(), dynamic_ncols=True)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    @property
+    def done(self) -> int:
+        return int(self._bar.n)
+
+    def reach(self, done: int, *, note: str = "") -> None:
+        """So much is done by now; never less than before."""
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(max(0, done - self.done))
+
+
 class ImageBar:
     """A progress bar over images that come in unequal lots: images/s, MB/s and ETA on stderr."""
 

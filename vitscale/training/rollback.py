@@ -102,7 +102,7 @@ def roll_back(
             f"{cause} after {len(known)} rollbacks, and train.rollbacks_max={train.rollbacks_max} allows no more; look at the "
             "images that events.jsonl names, or branch from an older checkpoint with a lower optim.peak_lr"
         )
-    saved = _newest_before(bad[0], run / "checkpoints", rank=engine.rank, say=say)
+    saved = newest_before(bad[0], run / "checkpoints", rank=engine.rank, say=say)
     if saved is None:
         raise DivergedError(
             f"{cause}, and no valid checkpoint is older than step {bad[0]}; lower optim.peak_lr, or set run.save_every so that "
@@ -140,7 +140,8 @@ def tell(metrics: Metrics, records: Sequence[Record]) -> None:
             )
 
 
-def _newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[str], None]) -> Saved | None:
+def newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[str], None]) -> Saved | None:
+    """The newest valid checkpoint of an earlier step; those that are not valid are named. Collective."""
     paths: list[Path] = from_rank_zero(candidates(checkpoints) if rank == 0 else None)
     for path in paths:
         if int(path.name.removeprefix("step-")) >= step:
@@ -148,7 +149,8 @@ def _newest_before(step: int, checkpoints: Path, *, rank: int, say: Callable[[st
         complaint, saved = checked(path)
         if saved is not None:
             return saved
-        say(f"checkpoint {path.name} is not usable to roll back to: {complaint}")
+        if rank == 0:
+            say(f"checkpoint {path.name} is not usable to roll back to: {complaint}")
     return None
 
 

@@ -26,7 +26,7 @@ from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.credentials import masked_words
 from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
-from vitscale.base.files import read_json, write_bytes, write_json
+from vitscale.base.files import read_json, remove_temporaries, write_bytes, write_json
 from vitscale.base.lease import Lease, take_lease
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
@@ -127,7 +127,8 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
     if cluster.rank == 0:
         provenance = run / "provenance"
         provenance.mkdir(exist_ok=True)
-        _clear_leftovers(run, provenance, run / "checkpoints")
+        for directory in (run, provenance, run / "checkpoints"):
+            remove_temporaries(directory)  # of an attempt that was killed
         number = 1 + len(list(provenance.glob("attempt-*.json")))
         write_json(
             provenance / f"attempt-{number:03d}.json",
@@ -147,13 +148,6 @@ def begin_attempt(run: Path, *, config: Config, ds: DsConfig, cluster: Cluster, 
         write_json(run / CONFIG, to_record(config))
         write_json(run / "ds_config.json", ds.record)
     return from_rank_zero(number)
-
-
-def _clear_leftovers(*places: Path) -> None:
-    """Remove what was half written when an earlier start was killed. The lease of this one is being written meanwhile."""
-    for leftover in (path for place in places for path in place.glob(".*.tmp-*")):
-        if not leftover.name.startswith(".lease"):
-            leftover.unlink(missing_ok=True)
 
 
 def _data_record(data: DataConfig) -> dict[str, Any]:

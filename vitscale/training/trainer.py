@@ -17,6 +17,7 @@ from vitscale.training.bad_images import SETTLE_EVERY_STEPS, BadImages
 from vitscale.training.checkpoint import TrainState
 from vitscale.training.clock import StepClock
 from vitscale.training.engine import Engine
+from vitscale.training.faulty import damage_weights, faulty_loss
 from vitscale.training.guard import Screen, Unguarded
 from vitscale.training.metrics import Metrics
 from vitscale.training.objective import Objective
@@ -133,12 +134,14 @@ def train(
                 engine.seed_micro_batch(plan.seed, state.step, micro_batch)
                 slot = first_slot(plan.global_batch, engine, micro_batch)
                 loss = objective(engine, batch.images_BHWC, batch.labels_BM, step=state.step, first_slot=slot)
+                loss = faulty_loss(loss, rank=engine.rank, step=state.step + 1, micro_batch=micro_batch)
                 meter.add(loss.reported, batch)
                 bad_images.add(state.step + 1, batch.bad_images)
                 trained = guard.screened(loss, state.step + 1)
                 if micro_batch == engine.accumulation_steps - 1:
                     check_replicas(state.step + 1)
                 engine.backward_and_maybe_step(trained, meter.passed)
+            damage_weights(engine, step=state.step + 1)
             state.step += 1
             state.position += plan.global_batch
             state.images_seen += plan.global_batch
@@ -159,6 +162,7 @@ def train(
                 watch_updates.after_step(state.step)
             bad_images.check(state)
             if evaluate is not None and due(state.step, plan.eval_every_steps, plan.total_steps):
+                fault_point("evaluate.begin", rank=engine.rank, step=state.step)
                 watch.beat("evaluate")
                 scores = evaluate()
                 engine.train()
@@ -175,6 +179,7 @@ def train(
             if steering is not None:
                 order = steering.agree(state.step)
                 if saver is not None and (order.save or order.stop) and not is_saved:
+                    watch.beat("save")
                     bad_images.settle(state, metrics)
                     saver.begin(state)
                 if saver is not None and order.stop:
@@ -227,11 +232,13 @@ class _Meter:
     def next_of(self, stream: Iterator[MicroBatch], micro_batch: int) -> MicroBatch:
         self.micro_batch = micro_batch
         self._enter("data")
+        fault_point("data.batch", **self._here)
         before_s = time.perf_counter()
         batch = next(stream)
         self.data_wait_s += time.perf_counter() - before_s
         self.clock.passed("data")
         self._enter("forward")
+        fault_point("step.forward", **self._here)
         return batch
 
     def add(self, loss: Tensor, batch: MicroBatch) -> None:
@@ -243,6 +250,14 @@ class _Meter:
         """A part of a micro-batch is done, and the next one begins."""
         self.clock.passed(part)
         self._enter({"forward": "backward", "backward": "optimizer", "optimizer": "end"}[part])
+        if part == "forward":
+            fault_point("step.backward", **self._here)
+        elif part == "backward":
+            fault_point("step.optimizer", **self._here)
+
+    @property
+    def _here(self) -> dict[str, int]:
+        return {"rank": self.engine.rank, "step": self.step, "micro_batch": self.micro_batch}
 
     def _enter(self, phase: str) -> None:
         self.watch.beat(phase, step=self.step, micro_batch=self.micro_batch)

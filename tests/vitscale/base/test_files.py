@@ -48,6 +48,18 @@ def test_no_two_writers_share_a_temporary_name(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_killed_writer_left_is_deleted_and_nothing_else(tmp_path):
+    path = tmp_path / "status.json"
+    files.write_bytes(path, b"old")
+    (tmp_path / ".status.json.tmp-0123456789ab").write_bytes(b"half")
+    (tmp_path / ".hidden").write_bytes(b"mine")
+    with files.temporary_beside(path) as temporary:  # of another thread, just now
+        temporary.write_bytes(b"new")
+        files.remove_temporaries(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {"status.json", ".hidden", temporary.name}
+    files.remove_temporaries(tmp_path / "absent")
+
+
 def test_a_directory_is_published_by_one_rename(tmp_path):
     partial, final = tmp_path / "d.partial", tmp_path / "d"
     partial.mkdir()

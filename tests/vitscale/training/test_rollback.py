@@ -11,7 +11,16 @@ from tests.helpers.ranks import run_ranks
 from vitscale.base.cluster import Cluster
 from vitscale.base.files import write_json
 from vitscale.training.checkpoint import RECORD, SCHEMA_VERSION, TrainState, candidates, directory_name, sealed
-from vitscale.training.rollback import ROLLBACKS, finish_rollbacks, is_given_up, jumped, read_rollbacks, segment_of, taken_up
+from vitscale.training.rollback import (
+    ROLLBACKS,
+    finish_rollbacks,
+    is_given_up,
+    jumped,
+    newest_before,
+    read_rollbacks,
+    segment_of,
+    taken_up,
+)
 
 
 def rollback(at: int, to: int, start: int, end: int) -> dict[str, Any]:
@@ -54,7 +63,8 @@ def test_a_younger_checkpoint_must_know_of_every_rollback(step, segments, given_
 def write_checkpoint(run: Path, step: int, segments: list[dict[str, int]]) -> None:
     directory = run / "checkpoints" / directory_name(step)
     directory.mkdir(parents=True)
-    record = {"schema_version": SCHEMA_VERSION, "state": {"step": step, "segments": segments}, "files": []}
+    state = {"step": step, "segments": segments}
+    record = {"schema_version": SCHEMA_VERSION, "state": state, "files": [], "world": 2, "zero_stage": 1, "data": {}}
     write_json(directory / RECORD, sealed(record))
 
 
@@ -65,7 +75,9 @@ def start(cluster: Cluster, run: Path) -> list[Any]:
     at_20 = taken_up(run, TrainState(step=20, position=200), rank=cluster.rank)
     at_16 = taken_up(run, TrainState(step=16, position=160), rank=cluster.rank)
     again_at_20 = taken_up(run, TrainState(step=20, position=200), rank=cluster.rank)
-    return [left, at_20, at_16, again_at_20]
+    said: list[str] = []
+    found = [newest_before(step, run / "checkpoints", rank=cluster.rank, say=said.append) for step in (29, 28, 16)]
+    return [left, at_20, at_16, again_at_20, [saved and saved.state.step for saved in found], said]
 
 
 @pytest.mark.slow
@@ -75,9 +87,11 @@ def test_a_start_ends_a_rollback_that_was_killed_and_forgets_those_still_ahead(t
         write_checkpoint(tmp_path, step, [])
     (tmp_path / "checkpoints" / "step-00000025.keep").touch()
     write_checkpoint(tmp_path, 28, [segment_of(FIRST)])
+    (tmp_path / "checkpoints" / "step-00000020" / RECORD).write_text("{}")
     by_rank = run_ranks(2, start, tmp_path)
-    assert by_rank[0] == by_rank[1]
-    left, at_20, at_16, again_at_20 = by_rank[0]
+    assert by_rank[0][:5] == by_rank[1][:5] and by_rank[1][5] == []
+    left, at_20, at_16, again_at_20, older, said = by_rank[0]
+    assert older == [28, 16, None] and len(said) == 1 and "step-00000020 is not usable to roll back to" in said[0]
     assert left == ["step-00000028", "step-00000020", "step-00000016"]
     assert at_20 == (TrainState(step=20, position=260, segments=[segment_of(FIRST)]), [FIRST])
     assert at_16 == (TrainState(step=16, position=160), []) and read_rollbacks(tmp_path) == []

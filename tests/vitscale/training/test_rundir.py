@@ -93,7 +93,6 @@ def two_attempts(cluster: Cluster, run: Path) -> None:
     for name in (".status.json.tmp-0123", "checkpoints/.latest.tmp-0123", "provenance/.attempt-001.json.tmp-0123"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("half")
-    (run / ".lease.json.tmp-0123").write_text("being written")
     for differing in ([], followed):
         ds = resolve_ds_config({}, config=STORED, world=cluster.world)
         begin_attempt(run, config=STORED, ds=ds, cluster=cluster, followed=differing)
@@ -103,7 +102,6 @@ def test_each_start_leaves_a_record_and_the_resolved_settings(tmp_path):
     run = tmp_path / "runs" / "a"
     run_ranks(1, two_attempts, run)
     assert sorted(p.name for p in run.iterdir()) == [
-        ".lease.json.tmp-0123",
         "checkpoints",
         "config.json",
         "ds_config.json",

@@ -1,5 +1,6 @@
 """The loop: what a step does and in which order, when something is due, and what a logged line says."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -313,6 +314,37 @@ def test_the_objective_is_told_the_slot_of_the_first_image():
         world.rank = rank
         run(world, writes=False)
         assert world.slots == [(step, slot) for step in range(4) for slot in expected]
+
+
+@pytest.mark.parametrize(
+    ("point", "done"),
+    [
+        ("data.batch:micro_batch=1", [("batch", 2), ("forward", 2), ("backward", 2.0)]),
+        ("step.forward:micro_batch=1", [("batch", 2), ("forward", 2), ("backward", 2.0), ("batch", 3)]),
+        ("step.loss:micro_batch=1", [("batch", 2), ("forward", 2), ("backward", 2.0), ("batch", 3), ("forward", 3)]),
+        ("step.backward:micro_batch=1", [("batch", 2), ("forward", 2), ("backward", 2.0), ("batch", 3), ("forward", 3)]),
+        ("step.optimizer:micro_batch=0", [("batch", 2), ("forward", 2)]),  # the fake writes its backward down behind it
+        ("step.weights", [("batch", 2), ("forward", 2), ("backward", 2.0), ("batch", 3), ("forward", 3), ("backward", 3.0)]),
+        (
+            "evaluate.begin",
+            [("batch", 2), ("forward", 2), ("backward", 2.0), ("batch", 3), ("forward", 3), ("backward", 3.0), ("log", 2)],
+        ),
+    ],
+)
+def test_a_fault_point_lies_where_it_says(monkeypatch, point, done):
+    monkeypatch.setenv("VITSCALE_FAULT", f"raise@{point}:step=2:rank=0")
+    world = World()
+    with pytest.raises(RuntimeError, match=point.partition(":")[0]):
+        run(world)
+    assert world.acts[world.acts.index(("lr", 0.1)) + 1 :] == done
+
+
+def test_a_nan_on_purpose_is_trained_on_and_reported(monkeypatch):
+    monkeypatch.setenv("VITSCALE_FAULT", "nan@step.loss:step=2:micro_batch=0")
+    world = World()
+    run(world)
+    assert [math.isnan(line["loss"]) for line in world.lines] == [False, True, False, False]
+    assert [math.isnan(act[1]) for act in world.acts if act[0] == "backward"] == [False, False, True, *[False] * 5]
 
 
 def test_mfu_is_null_where_the_peak_is_unknown():

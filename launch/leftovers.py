@@ -1,0 +1,120 @@
+"""What a run could leave behind on a Linux machine: processes, shared memory, a port, temporary files. All read from /proc."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+GRACE_S = 5.0
+"""Data workers end with their rank, a moment after it."""
+_LISTEN = "0A"  # include/net/tcp_states.h
+_TEMPORARY = re.compile(r"\..*\.tmp-[0-9a-f]+$|.*\.partial$|\.nonce$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """One line of the process table."""
+
+    pid: int
+    parent: int
+    session: int
+    state: str
+    command: str
+
+
+def process_table() -> list[Process]:
+    """All processes of this machine that are no zombies: those hold nothing any more."""
+    return [process for entry in os.listdir("/proc") if entry.isdigit() and (process := _process(int(entry))) is not None]
+
+
+def _process(pid: int) -> Process | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return None  # it has ended meanwhile
+    state, parent, _, session = stat.rpartition(")")[2].split()[:4]
+    return None if state in "ZX" else Process(pid=pid, parent=int(parent), session=int(session), state=state, command=command)
+
+
+def of_sessions(sessions: Collection[int]) -> list[Process]:
+    """The processes of some sessions."""
+    return [process for process in process_table() if process.session in sessions]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What the process was started with; empty when it is gone."""
+    try:
+        texts = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(text.split("=", 1) for text in texts if "=" in text)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM, shared pages included; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def end_sessions(sessions: Collection[int]) -> list[Process]:
+    """Wait a moment for the processes of some sessions to end; what is then left is killed and returned."""
+    give_up_at_s = time.monotonic() + GRACE_S
+    while left := of_sessions(sessions):
+        if time.monotonic() > give_up_at_s:
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            return left
+        time.sleep(0.02)
+    return []
+
+
+def shared_memory() -> set[str]:
+    """Names in /dev/shm."""
+    return set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+
+
+def forsaken(names: Collection[str]) -> list[str]:
+    """Those names in /dev/shm that belong to this user and that no process has open or mapped."""
+    places = {str(SHARED_MEMORY / name) for name in names}
+    held: set[str] = set()
+    for process in process_table() if places else ():
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            held |= {place for place in places if place in maps}
+        with contextlib.suppress(OSError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    held.add(os.readlink(descriptor))
+    return sorted(place for place in places - held if _is_mine(Path(place)))
+
+
+def _is_mine(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def has_listener(port: int) -> bool:
+    """Whether a process of this machine listens on this TCP port."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                if state == _LISTEN and int(local.rpartition(":")[2], 16) == port:
+                    return True
+    return False
+
+
+def temporary_files(run: Path) -> list[str]:
+    """What in a run directory is there only while something is being written."""
+    return sorted(str(path) for path in run.rglob("*") if _TEMPORARY.match(path.name))
