@@ -93,6 +93,6 @@ def lost_ranks_are_transient(peers: tuple[Peer, ...], rank: int) -> Iterator[Non
 
 
 def _first_words(error: BaseException) -> str:
-    """What went wrong, without the place in gloo's source."""
-    words = re.sub(r"\[[^\]\s]*/[^\]]*\]\s*", "", str(error).splitlines()[0])
+    """What went wrong: the first sentence, without the place in gloo's source."""
+    words = re.sub(r"\[[^\]\s]*/[^\]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
     return words if len(words) <= 160 else words[:160] + "…"
