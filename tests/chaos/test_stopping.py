@@ -48,8 +48,10 @@ def test_files_save_and_stop(tmp_path, quiet):
 
     def ask(program) -> None:
         (place / "save").write_text("keep\n")
+        limit_s = time.monotonic() + 60
         while (place / "save").exists():
             time.sleep(0.01)
+            assert time.monotonic() < limit_s, program.text
         (place / "stop").touch()
 
     outcome = asked_to_stop(place, ask, ENDLESS, said=tmp_path / "a.txt")
@@ -75,7 +77,7 @@ def test_a_second_launcher_is_refused_and_may_take_over_from_a_dead_one(tmp_path
     arguments = ["--run", place, *ARGUMENTS, ENDLESS]
     first = start("pretrain", *arguments, "run.save_every=2", said=tmp_path / "a.txt", world=2)
     stopping.wait_for_steps(place, 3, first)
-    said = run("pretrain", *arguments, said=tmp_path / "b.txt", world=2, code=3)
+    said = run("pretrain", *arguments, said=tmp_path / "b.txt", code=3)
     assert f"is being trained by process {first.pids[0]} on" in said and said.count("error:") == 1
     os.kill(first.pids[0], signal.SIGKILL)
     os.kill(first.pids[1], signal.SIGKILL)

@@ -140,7 +140,9 @@ class Steering:
         """The step is saved as ordered: put away the files that asked for it. Collective; raises StopRequested."""
         if self._rank == 0:
             if order.keep:
-                (self._run / "checkpoints" / f"{directory_name(step)}.keep").touch()
+                kept = self._run / "checkpoints" / f"{directory_name(step)}.keep"
+                kept.parent.mkdir(exist_ok=True)  # the save is on its way, and may not have come so far
+                kept.touch()
             if order.save and self._save_seen == _identity(self._run / "save"):  # not one that came since
                 (self._run / "save").unlink(missing_ok=True)
             if order.stop or step == self._total_steps:

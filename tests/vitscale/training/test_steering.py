@@ -126,14 +126,13 @@ def test_a_stop_file_is_obeyed_and_removed(tmp_path):
 
 @pytest.mark.parametrize(("content", "keep"), [("", False), ("now\n", False), ("please keep it", True)])
 def test_a_save_file_saves_without_stopping(tmp_path, content, keep):
-    (tmp_path / "checkpoints").mkdir()
     steering = alone(tmp_path)
     (tmp_path / "save").write_text(content)
     order = steering.agree(7)
     assert order == Order(save=True, keep=keep)
     steering.obey(order, 7, None)
     assert not (tmp_path / "save").exists()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == (["step-00000007.keep"] if keep else [])
+    assert [path.name for path in tmp_path.glob("checkpoints/*")] == (["step-00000007.keep"] if keep else [])
 
 
 def test_a_save_asked_for_during_the_save_is_not_lost(tmp_path):
@@ -288,7 +287,6 @@ def _steered(cluster, run) -> list:
 
 @pytest.mark.slow
 def test_all_ranks_have_the_same_order(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
     answers = run_ranks(2, _steered, tmp_path)
     orders = [Order(), Order(save=True, keep=True), Order(stop="SIGUSR1 came to rank 1")]
     assert [answer[0] for answer in answers] == [orders, orders]
