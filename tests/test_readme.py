@@ -47,7 +47,7 @@ def as_run(command: str) -> str:
     if "launch/bench.py" in command:
         return command + " --seconds 0.2 --rounds 1 --image-size 32 --batch 8"
     if is_training and "--dry-run" not in command:
-        return command + " train.length=3 run.log_every=1"
+        return command + " train.length=3 run.log_every=1 run.parity=never"
     return command
 
 
