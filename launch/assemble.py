@@ -28,7 +28,8 @@ from vitscale.planning.resolution import flops_until
 from vitscale.planning.room import checkpoint_size, room_at, shortage
 from vitscale.training.ahead import ahead_of
 from vitscale.training.checkpoint import Saved, TrainState, candidates, find_checkpoint, load_checkpoint
-from vitscale.training.engine import Engine, from_all_ranks, from_rank_zero, leave_ranks, start_ranks
+from vitscale.training.collectives import from_all_ranks, from_rank_zero
+from vitscale.training.engine import Engine, leave_ranks, start_ranks
 from vitscale.training.guard import Guard, RollBack
 from vitscale.training.integrity import Integrity
 from vitscale.training.metrics import Metrics, append_event, complain

@@ -27,7 +27,8 @@ from vitscale.ds_config import DsConfig, divisors, resolve_ds_config
 from vitscale.model.compile import forget_compiled
 from vitscale.model.flops import train_flops
 from vitscale.training.choices import CHOICES
-from vitscale.training.engine import from_rank_zero, leave_ranks, start_ranks, versions
+from vitscale.training.collectives import from_rank_zero
+from vitscale.training.engine import leave_ranks, start_ranks, versions
 from vitscale.training.objective import objective_of
 from vitscale.training.parity import MicroBatchLoss, Verdict, check_gradients
 

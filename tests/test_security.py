@@ -49,11 +49,11 @@ ALLOWED = {
     ("launch.forked", "loads a native library"): "prctl of the C library that is loaded already: no file is opened",
     ("launch.supervise", "loads a native library"): "prctl of the C library that is loaded already: no file is opened",
     (
-        "vitscale.training.engine",
+        "vitscale.training.collectives",
         "torch.distributed.broadcast_object_list pickles",
     ): "between the ranks of one run: who can send "
     "to the group can also send gradients; nothing else of the run trusts the network more than the group does",
-    ("vitscale.training.engine", "torch.distributed.all_gather_object pickles"): "as above",
+    ("vitscale.training.collectives", "torch.distributed.all_gather_object pickles"): "as above",
     ("vitscale.training.partitions", "lets files make objects"): "the types that DeepSpeed puts beside its tensors, each named",
     ("data_pipeline.processes", "imports multiprocessing"): "pickles to children of this very process, over pipes of its own",
     ("data_pipeline.stream", "loads a native library"): "prctl of the C library that is loaded already: no file is opened",

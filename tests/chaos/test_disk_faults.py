@@ -13,7 +13,7 @@ from tests.helpers.saves import TINY
 from tests.helpers.strace import attached, require_strace
 from vitscale.base.cluster import Cluster
 from vitscale.training.checkpoint import TrainState, candidates, directory_name, newest_valid
-from vitscale.training.engine import from_rank_zero
+from vitscale.training.collectives import from_rank_zero
 from vitscale.training.saving import Outcome, Retention, Saver
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from vitscale.ds_config import DsConfig, resolve_ds_config
 from vitscale.model.layers import normalise_pixels
 from vitscale.model.vit import VisionTransformer, initialise
 from vitscale.recipes.catalog import recipe_named
-from vitscale.training.engine import Engine, from_all_ranks
+from vitscale.training.collectives import from_all_ranks
+from vitscale.training.engine import Engine
 from vitscale.training.optim import make_optimizer
 from vitscale.training.pieces import Partition
 

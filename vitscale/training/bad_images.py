@@ -15,7 +15,8 @@ from typing import Any
 
 from vitscale.base.errors import BadDataError
 from vitscale.training.checkpoint import TrainState
-from vitscale.training.engine import Engine, from_all_ranks
+from vitscale.training.collectives import from_all_ranks
+from vitscale.training.engine import Engine
 from vitscale.training.metrics import Metrics
 
 BAD_IMAGES_ALLOWED = 10

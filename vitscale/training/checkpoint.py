@@ -28,7 +28,8 @@ import torch
 
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.base.files import canonical_json, publish, read_json, sha256_bytes, sha256_file, unsafe_name
-from vitscale.training.engine import Engine, barrier, from_all_ranks, from_rank_zero
+from vitscale.training.collectives import barrier, from_all_ranks, from_rank_zero
+from vitscale.training.engine import Engine
 from vitscale.training.partitions import StoredState, average
 from vitscale.training.pieces import Partition
 

@@ -12,7 +12,7 @@ import torch
 
 from vitscale.base.files import read_json, write_json
 from vitscale.model.kernels import fastest, measure_kernels, pin_kernel
-from vitscale.training.engine import from_rank_zero
+from vitscale.training.collectives import from_rank_zero
 
 CHOICES = "choices.json"
 TORCH, MEASURED = "torch", "measured"

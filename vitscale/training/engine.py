@@ -7,8 +7,6 @@ do is done here: the thread count, a timeout that also reaches its own process g
 gradients at stage 0, and one meaning of "gradient norm" at every stage.
 """
 
-import datetime
-import functools
 import inspect
 import logging
 import os
@@ -30,6 +28,7 @@ from vitscale.base.files import xxh3_64
 from vitscale.base.network import GLOO, interface_for_gloo
 from vitscale.ds_config import DsConfig
 from vitscale.training.clock import StepClock
+from vitscale.training.collectives import PROCESS_GROUP_TIMEOUT, control_group
 from vitscale.training.ema import Averages
 from vitscale.training.optim import PartitionOptimizer
 from vitscale.training.pieces import Partition, partitions_of, publish_masters
@@ -57,7 +56,6 @@ deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19.8 calls collectives by the names torch 2.13 is about to drop; it works, and users cannot change it.
 warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
 
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=30)
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 STORED_TYPES: list[Any] = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 """What DeepSpeed pickles into its files besides tensors and plain values."""
@@ -102,46 +100,9 @@ def leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    torch.distributed.barrier()
-
-
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on, as checkpoints and attempts record it."""
     return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-
-
-def from_rank_zero(value: Any, group: Any = None) -> Any:
-    """The value rank 0 has, on every rank. Collective."""
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0, group=group)
-    return box[0]
-
-
-def from_all_ranks(value: Any, group: Any = None) -> list[Any]:
-    """The values of all ranks, in rank order, on every rank. Collective."""
-    box: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(box, value, group=group)
-    return box
-
-
-def new_control_group() -> Any:
-    """A gloo group of all ranks for one thread of each that speaks beside the training. Collective."""
-    return torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
-
-
-@functools.cache
-def control_group() -> Any:
-    """The control group of the main thread. Collective at the first call."""
-    return new_control_group()
-
-
-def max_over_ranks(values: Sequence[int]) -> list[int]:
-    """Largest of each whole number over the ranks, past the device. Collective; main thread only."""
-    largest = torch.tensor(values, dtype=torch.int64)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=control_group())
-    return largest.tolist()
 
 
 def checkpoint_function(ds: DsConfig, device: torch.device) -> Callable[..., Tensor] | None:

@@ -21,7 +21,8 @@ import torch.distributed
 from torch import Tensor
 
 from vitscale.base.errors import TransientFault
-from vitscale.training.engine import Engine, from_all_ranks
+from vitscale.training.collectives import from_all_ranks
+from vitscale.training.engine import Engine
 from vitscale.training.metrics import Metrics
 
 WORD_BYTES = 8

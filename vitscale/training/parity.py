@@ -26,7 +26,8 @@ from vitscale.config import Config
 from vitscale.ds_config import DsConfig
 from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer
-from vitscale.training.engine import Engine, from_all_ranks
+from vitscale.training.collectives import from_all_ranks
+from vitscale.training.engine import Engine
 from vitscale.training.optim import make_optimizer
 from vitscale.training.probe import Probe
 from vitscale.training.reference import Forward, Gradients, Loss, mean_gradients, plain_model

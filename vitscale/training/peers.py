@@ -16,7 +16,7 @@ import torch.distributed
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import TransientFault
 from vitscale.base.host import Process, is_alive, process_of
-from vitscale.training.engine import from_all_ranks
+from vitscale.training.collectives import from_all_ranks
 
 BURIAL_S = 0.5
 """A connection breaks before its process is seen to be gone."""

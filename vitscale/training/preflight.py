@@ -6,7 +6,7 @@ from collections.abc import Callable
 from vitscale.base.agreement import Facts, clock_faults, program_versions, version_faults
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault
-from vitscale.training.engine import barrier, from_all_ranks
+from vitscale.training.collectives import barrier, from_all_ranks
 
 
 def require_equal_hosts(cluster: Cluster, *, say: Callable[[str], None]) -> None:

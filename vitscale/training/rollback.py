@@ -31,7 +31,8 @@ from vitscale.training.checkpoint import (
     put_aside,
     read_record,
 )
-from vitscale.training.engine import Engine, barrier, from_rank_zero
+from vitscale.training.collectives import barrier, from_rank_zero
+from vitscale.training.engine import Engine
 from vitscale.training.guard import RollBack
 from vitscale.training.metrics import Metrics, read_lines
 

@@ -30,7 +30,8 @@ from vitscale.base.files import read_json, remove_temporaries, write_bytes, writ
 from vitscale.base.lease import Lease, take_lease
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
-from vitscale.training.engine import barrier, from_all_ranks, from_rank_zero, versions
+from vitscale.training.collectives import barrier, from_all_ranks, from_rank_zero
+from vitscale.training.engine import versions
 from vitscale.training.metrics import complain
 
 CONFIG = "config.json"

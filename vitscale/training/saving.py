@@ -36,14 +36,8 @@ from vitscale.training.checkpoint import (
     sealed,
     to_delete,
 )
-from vitscale.training.engine import (
-    RECOVERY_SCRIPT,
-    Engine,
-    from_all_ranks,
-    from_rank_zero,
-    new_control_group,
-    versions,
-)
+from vitscale.training.collectives import from_all_ranks, from_rank_zero, new_control_group
+from vitscale.training.engine import RECOVERY_SCRIPT, Engine, versions
 from vitscale.training.partitions import averages_name, partition_map
 from vitscale.training.staging import HostMemory
 from vitscale.weights.tensors import save_tensors

@@ -32,7 +32,7 @@ from vitscale.base.launchers import launchers_above
 from vitscale.base.lease import Lease
 from vitscale.base.progress import seconds_of
 from vitscale.training.checkpoint import directory_name
-from vitscale.training.engine import max_over_ranks
+from vitscale.training.collectives import max_over_ranks
 from vitscale.training.metrics import Metrics
 
 LOOK_EVERY_S = 1.0

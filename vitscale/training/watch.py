@@ -36,7 +36,7 @@ from vitscale.base import guardian
 from vitscale.base.errors import ExitCode
 from vitscale.base.files import publish, temporary_beside, write_json
 from vitscale.base.host import is_alive, is_stopped, process_of
-from vitscale.training.engine import barrier
+from vitscale.training.collectives import barrier
 from vitscale.training.metrics import append_event
 from vitscale.training.peers import Peer, dead_beside, first_alive_beside
 from vitscale.training.verdict import Report, Verdict, read_reports, report_name, verdict_on

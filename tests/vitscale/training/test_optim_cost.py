@@ -10,7 +10,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.small_engine import batch_of, make, settings, train
 from vitscale.base.cluster import Cluster
 from vitscale.ds_config import resolve_ds_config
-from vitscale.training.engine import from_rank_zero
+from vitscale.training.collectives import from_rank_zero
 
 pytestmark = pytest.mark.slow
 TURNS_MIN, TURNS_MAX, RATIO_MAX = 8, 60, 1.1

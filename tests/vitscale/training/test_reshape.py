@@ -13,7 +13,8 @@ from tests.helpers.small_engine import batch_of, make, settings
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import EnvironmentFault, UsageError
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
-from vitscale.training.engine import Engine, from_all_ranks
+from vitscale.training.collectives import from_all_ranks
+from vitscale.training.engine import Engine
 from vitscale.training.saving import save_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -45,7 +45,8 @@ from vitscale.ds_keys import ACTIVATION_KEYS
 from vitscale.model.config import ModelConfig
 from vitscale.model.vit import VisionTransformer
 from vitscale.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
-from vitscale.training.engine import PROCESS_GROUP_TIMEOUT, Engine, checkpoint_function, checkpointing
+from vitscale.training.collectives import PROCESS_GROUP_TIMEOUT
+from vitscale.training.engine import Engine, checkpoint_function, checkpointing
 from vitscale.training.saving import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
