@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from launch.arguments import Parser
-from launch.attempts import forking, launching
 from launch.datasets import EMBEDDED, open_dataset
 from launch.forked import cluster_of
-from launch.proof import Proof, Setup, Storm, kind_table, undisturbed
-from launch.soak import soak
-from launch.strikes import FAULTS, KILLS, STEP_TIMEOUT, Draws, Kind, Pace
+from launch.trials.attempts import forking, launching
+from launch.trials.proof import Proof, Setup, Storm, kind_table, undisturbed
+from launch.trials.soak import soak
+from launch.trials.strikes import FAULTS, KILLS, STEP_TIMEOUT, Draws, Kind, Pace
 from vitscale.base.errors import EnvironmentFault, UsageError, run_main
 from vitscale.base.files import write_json
 from vitscale.base.progress import Bar

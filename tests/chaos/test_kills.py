@@ -8,8 +8,8 @@ import json
 import pytest
 
 from launch import assemble
-from launch.evidence import Account, account_of
-from launch.strikes import Draws, Strike
+from launch.trials.evidence import Account, account_of
+from launch.trials.strikes import Draws, Strike
 from tests.helpers.program import run, steps_of
 from vitscale.base.files import read_json
 from vitscale.training.rundir import stored_config

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from launch import chaos
-from launch.evidence import Account, Evidence, differences
-from launch.leftovers import end_sessions, forsaken, of_sessions, shared_memory, temporary_files
-from launch.soak import Memory, Slope, _slope
-from launch.storm import last_step_line
-from launch.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
+from launch.trials.evidence import Account, Evidence, differences
+from launch.trials.leftovers import end_sessions, forsaken, shared_memory, temporary_files
+from launch.trials.soak import Memory, Slope, _slope
+from launch.trials.storm import last_step_line
+from launch.trials.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
 from vitscale.base.errors import UsageError
 from vitscale.base.faults import POINTS, faults_of
+from vitscale.base.host import of_sessions
 
 PACE = Pace(total_steps=24, save_every=4, eval_every=12, micro_batches=2, start_s=2.0, step_s=0.1)
 
@@ -134,7 +135,7 @@ def test_workers_of_an_evaluation_are_no_growth():
 
 
 def test_a_process_is_found_by_its_session_and_ended(monkeypatch):
-    monkeypatch.setattr("launch.leftovers.GRACE_S", 0.2)
+    monkeypatch.setattr("launch.trials.leftovers.GRACE_S", 0.2)
     child = subprocess.Popen([sys.executable, "-c", "import os, time; os.fork(); time.sleep(60)"], start_new_session=True)
     give_up_at_s = time.monotonic() + 20
     while len(of_sessions([child.pid])) < 2:  # the second is the child of a child

@@ -8,6 +8,7 @@ is known: `process_of` gives None.
 import os
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,32 @@ class Ancestor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stat:
-    state: str
-    parent: int
+class Entry:
+    """One line of the process table."""
+
     process: Process
+    state: str
+    """A letter of proc(5): R runs, S sleeps, T is stopped, Z has ended and was not waited for."""
+    parent: int
+    session: int
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """Its command line, read now; empty when it is gone."""
+        return _argv_of(self.pid)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it was started with, read now; empty when it is gone."""
+        try:
+            words = (PROC / str(self.pid) / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            return {}
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def host_id() -> tuple[str, str, str]:
@@ -79,16 +102,32 @@ def ancestors(pid: int) -> list[Ancestor]:
 
 def descendants(pid: int) -> list[Process]:
     """Children, their children and so on of a process: all that live, parents before children."""
-    below: dict[int, list[_Stat]] = {}
-    for name in os.listdir(PROC):
-        stat = _stat_of(int(name)) if name.isdecimal() else None
-        if stat is not None:
-            below.setdefault(stat.parent, []).append(stat)
+    below: dict[int, list[Entry]] = {}
+    for entry in _entries():
+        below.setdefault(entry.parent, []).append(entry)
     found, parents = [], [pid]
     for parent in parents:
-        parents += [stat.process.pid for stat in below.get(parent, [])]
-        found += [stat.process for stat in below.get(parent, []) if stat.state not in "ZX"]
+        parents += [entry.pid for entry in below.get(parent, [])]
+        found += [entry.process for entry in below.get(parent, []) if entry.state not in "ZX"]
     return found
+
+
+def process_table() -> list[Entry]:
+    """All processes of this pid namespace that have not ended."""
+    return [entry for entry in _entries() if entry.state not in "ZX"]
+
+
+def of_sessions(sessions: Collection[int]) -> list[Entry]:
+    """The processes of some sessions."""
+    return [entry for entry in process_table() if entry.session in sessions]
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM, shared pages included; 0 when it is gone."""
+    try:
+        return int((PROC / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def seconds_since_start(process: Process) -> float:
@@ -96,13 +135,19 @@ def seconds_since_start(process: Process) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - process.started_ticks / TICKS_PER_S
 
 
-def _stat_of(pid: int) -> _Stat | None:
+def _entries() -> list[Entry]:
+    names = os.listdir(PROC) if PROC.is_dir() else []
+    return [entry for name in names if name.isdecimal() and (entry := _stat_of(int(name))) is not None]
+
+
+def _stat_of(pid: int) -> Entry | None:
     try:
         text = (PROC / str(pid) / "stat").read_text()
     except (OSError, ValueError):
         return None
     fields = text[text.rindex(")") + 1 :].split()  # the name before it may hold anything
-    return _Stat(state=fields[0], parent=int(fields[1]), process=Process(pid=pid, started_ticks=int(fields[19])))
+    process = Process(pid=pid, started_ticks=int(fields[19]))
+    return Entry(process=process, state=fields[0], parent=int(fields[1]), session=int(fields[3]))
 
 
 def _argv_of(pid: int) -> tuple[str, ...]:

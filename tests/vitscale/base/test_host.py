@@ -6,7 +6,19 @@ import subprocess
 import sys
 import time
 
-from vitscale.base.host import Process, ancestors, descendants, host_id, is_alive, is_stopped, process_of, seconds_since_start
+from vitscale.base.host import (
+    Process,
+    ancestors,
+    descendants,
+    host_id,
+    is_alive,
+    is_stopped,
+    of_sessions,
+    process_of,
+    process_table,
+    resident_bytes,
+    seconds_since_start,
+)
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -44,6 +56,24 @@ def test_ancestors_and_descendants_are_the_tree():
     os.kill(sleep.pid, signal.SIGKILL)
     assert shell.wait(10) == 7
     assert sleep not in descendants(os.getpid())
+
+
+def test_the_table_says_session_command_and_environment_of_all_that_have_not_ended():
+    child = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & sleep 60"], start_new_session=True, env={"MARK": "a=b", "PATH": os.environ["PATH"]}
+    )
+    limit_s = time.monotonic() + 10
+    while len(own := of_sessions([child.pid])) < 3 and time.monotonic() < limit_s:
+        time.sleep(0.01)
+    assert sorted(entry.parent for entry in own) == sorted([os.getpid(), child.pid, child.pid])
+    (shell,) = [entry for entry in own if entry.pid == child.pid]
+    assert shell.argv == ("sh", "-c", "sleep 60 & sleep 60") and shell.environment["MARK"] == "a=b"
+    assert 0 < resident_bytes(child.pid) < 1 << 30
+    os.killpg(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert child.pid not in [entry.pid for entry in process_table()]  # it has ended, and was not waited for
+    child.wait()
+    assert resident_bytes(child.pid) == 0 and shell.argv == () and shell.environment == {}
 
 
 def test_a_name_with_brackets_and_spaces_is_only_a_name(tmp_path):

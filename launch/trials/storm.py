@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.attempts import Attempt, Start, has_ended, kill_all, workers_of
-from launch.leftovers import end_sessions, has_listener
-from launch.strikes import Strike
+from launch.trials.attempts import Attempt, Start, has_ended, kill_all, workers_of
+from launch.trials.leftovers import end_sessions, has_listener
+from launch.trials.strikes import Strike
 from vitscale.base.faults import VARIABLE
 from vitscale.training.checkpoint import candidates
 from vitscale.training.rundir import FINISHED
@@ -91,7 +91,7 @@ def attempt_once(
     while (codes := attempt.codes()) is None:
         time.sleep(0.01)
     result.codes = codes
-    result.left = [f"process {process.pid}: {process.command}" for process in outlived]
+    result.left = [f"process {process.pid}: {' '.join(process.argv)}" for process in outlived]
     result.left += [f"listener on port {attempt.port}"] if has_listener(attempt.port) else []
     if result.hit_after_s is None and marker.exists():
         result.hit_after_s = time.monotonic() - started_s

@@ -1,4 +1,4 @@
-"""What a run could leave behind on a Linux machine: processes, shared memory, a port, temporary files. All read from /proc."""
+"""What a run could leave behind on a Linux machine: processes, shared memory, a port, temporary files."""
 
 import contextlib
 import os
@@ -6,8 +6,9 @@ import re
 import signal
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+from vitscale.base.host import Entry, of_sessions, process_table
 
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
@@ -16,55 +17,7 @@ _LISTEN = "0A"  # include/net/tcp_states.h
 _TEMPORARY = re.compile(r"\..*\.tmp-[0-9a-f]+$|.*\.partial$|\.nonce$")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """One line of the process table."""
-
-    pid: int
-    parent: int
-    session: int
-    state: str
-    command: str
-
-
-def process_table() -> list[Process]:
-    """All processes of this machine that are no zombies: those hold nothing any more."""
-    return [process for entry in os.listdir("/proc") if entry.isdigit() and (process := _process(int(entry))) is not None]
-
-
-def _process(pid: int) -> Process | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return None  # it has ended meanwhile
-    state, parent, _, session = stat.rpartition(")")[2].split()[:4]
-    return None if state in "ZX" else Process(pid=pid, parent=int(parent), session=int(session), state=state, command=command)
-
-
-def of_sessions(sessions: Collection[int]) -> list[Process]:
-    """The processes of some sessions."""
-    return [process for process in process_table() if process.session in sessions]
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    """What the process was started with; empty when it is gone."""
-    try:
-        texts = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(text.split("=", 1) for text in texts if "=" in text)
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that is in RAM, shared pages included; 0 when it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
-def end_sessions(sessions: Collection[int]) -> list[Process]:
+def end_sessions(sessions: Collection[int]) -> list[Entry]:
     """Wait a moment for the processes of some sessions to end; what is then left is killed and returned."""
     give_up_at_s = time.monotonic() + GRACE_S
     while left := of_sessions(sessions):

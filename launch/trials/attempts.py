@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from launch import forked, pretrain
-from launch.leftovers import Process, environment_of, of_sessions, process_table
+from vitscale.base.host import Entry, of_sessions, process_table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "deepspeed.launcher.launch"
 """The process of the `deepspeed` launcher whose children are the ranks of a node."""
 
@@ -74,11 +74,11 @@ class _Launched:
 
     def ranks(self) -> dict[int, int]:
         processes = of_sessions(self.sessions)
-        nodes = {process.pid for process in processes if LAUNCHER in process.command}
+        nodes = {process.pid for process in processes if LAUNCHER in process.argv}
         return {
             int(environment["RANK"]): process.pid
             for process in processes
-            if process.parent in nodes and "RANK" in (environment := environment_of(process.pid))
+            if process.parent in nodes and "RANK" in (environment := process.environment)
         }
 
     def codes(self) -> list[int] | None:
@@ -125,11 +125,11 @@ def has_ended(attempt: Attempt) -> bool:
 def workers_of(rank_pid: int) -> list[int]:
     """The data workers of a rank: children that were forked from it and run nothing else."""
     table = process_table()
-    own = [process.command for process in table if process.pid == rank_pid]
-    return sorted(process.pid for process in table if process.parent == rank_pid and process.command in own)
+    own = [process.argv for process in table if process.pid == rank_pid]
+    return sorted(process.pid for process in table if process.parent == rank_pid and process.argv in own)
 
 
-def kill_all(attempt: Attempt) -> list[Process]:
+def kill_all(attempt: Attempt) -> list[Entry]:
     """SIGKILL to every process of the attempt; what was hit. A launcher first: it must not start or say anything more."""
     hit = sorted(of_sessions(attempt.sessions), key=lambda process: process.pid)
     for process in hit:

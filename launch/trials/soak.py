@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from launch.attempts import Attempt, workers_of
-from launch.leftovers import resident_bytes
-from launch.proof import Proof, Setup, Storm, kind_table, undisturbed
-from launch.storm import last_step_line
-from launch.strikes import Draws
+from launch.trials.attempts import Attempt, workers_of
+from launch.trials.proof import Proof, Setup, Storm, kind_table, undisturbed
+from launch.trials.storm import last_step_line
+from launch.trials.strikes import Draws
+from vitscale.base.host import resident_bytes
 from vitscale.base.progress import Bar, in_words
 
 PACE_STEPS = 120

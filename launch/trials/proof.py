@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.attempts import Start
 from launch.datasets import open_datasets
-from launch.evidence import Evidence, differences, evidence_of
 from launch.forked import cluster_of
-from launch.leftovers import forsaken, shared_memory, temporary_files
-from launch.storm import Attempted, Look, attempt_once, is_finished, newest_checkpoint, unwatched
-from launch.strikes import Draws, Kind, Pace, Strike
+from launch.trials.attempts import Start
+from launch.trials.evidence import Evidence, differences, evidence_of
+from launch.trials.leftovers import forsaken, shared_memory, temporary_files
+from launch.trials.storm import Attempted, Look, attempt_once, is_finished, newest_checkpoint, unwatched
+from launch.trials.strikes import Draws, Kind, Pace, Strike
 from vitscale.base.errors import EnvironmentFault, VitscaleError
 from vitscale.base.files import read_json
 from vitscale.config import steps_of

@@ -1,0 +1,1 @@
+"""Trainings that are struck on purpose, again and again, and the proof that it left no trace: the parts of chaos.py."""
