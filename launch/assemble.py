@@ -4,7 +4,6 @@ carry_out    start the ranks, own the run directory, restore, train (again after
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from vitscale.training.peers import Peer, lost_ranks_are_transient, meet
 from vitscale.training.preflight import require_equal_hosts
 from vitscale.training.rollback import Record, finish_rollbacks, roll_back, taken_up, tell
 from vitscale.training.rundir import begin_attempt, leased, mark_finished, require_shared_directory
-from vitscale.training.saving import Outcome, Retention, Saver
+from vitscale.training.saving import Outcome, Retention, Saver, tidy
 from vitscale.training.steering import Steering, steering_of
 from vitscale.training.trainer import train
 from vitscale.training.watch import Beats, Watch
@@ -63,8 +62,11 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
     attempt = begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
     engine, state, rollbacks = _restored(job, saved, device)
+    retention = Retention(last=config.run.keep_last, every=job.keep_every_steps)
     metrics = None
     if job.cluster.rank == 0:
+        if saved is not None:
+            tidy(job.run / "checkpoints", retention)
         metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
@@ -83,12 +85,12 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
     objective = objective_of(config, device=device, dtype=engine.input_dtype)
     evaluation = Evaluation(job, engine, objective, watch) if job.eval_data is not None else None
     integrity = Integrity(engine, every_steps=job.plan.integrity_every_steps, host=job.cluster.host, metrics=metrics)
-    saver = _saver(job, engine, start_step=state.step, check=integrity.check, steering=steering, metrics=metrics)
+    saver = _saver(job, engine, retention, state=state, integrity=integrity, steering=steering, watch=watch, metrics=metrics)
     # Once, and again after each rollback.
     while True:
         stream = ahead_of(_stream(job, state, watch), device)
         try:
-            with watch:
+            with lost_ranks_are_transient(peers, job.cluster.rank, told=watch.note_dead), watch:
                 train(
                     state,
                     plan=job.plan,
@@ -123,7 +125,8 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
     stream.close()
     # A run killed between its last checkpoint and this marker has nothing left to train but its scores are not known.
     if evaluation is not None and evaluation.last is None:
-        evaluation()
+        with watch:
+            evaluation()
     if metrics is not None:
         record = {
             "step": state.step,
@@ -192,10 +195,12 @@ def _shortage(job: Job) -> str | None:
 def _saver(
     job: Job,
     engine: Engine,
+    retention: Retention,
     *,
-    start_step: int,
-    check: Callable[[int], None],
+    state: TrainState,
+    integrity: Integrity,
     steering: Steering,
+    watch: Watch,
     metrics: Metrics | None,
 ) -> Saver:
     config = job.config
@@ -219,12 +224,13 @@ def _saver(
         engine,
         job.run / "checkpoints",
         data=order_record(config, job.train_data),
-        retention=Retention(last=config.run.keep_last, every=job.keep_every_steps),
-        start_step=start_step,
+        retention=retention,
+        start_step=state.step,
         between_failures_s=between_failures_s(hosts, config.run.failures_per_host_day) if is_automatic else None,
-        check=check,
+        check=integrity.check,
         told=told,
         may_commit=steering.may_commit,
+        beat=watch.beat,
     )
 
 

@@ -29,7 +29,7 @@ SHARE_OF_TIME = 0.9
 """Of the minutes asked for, what goes into steps: the rest is starting again, and steps that were lost."""
 TIME_FACTOR_MAX = 4.0
 """How many times the minutes asked for, or those of the undisturbed run, the struck one may take before it is given up."""
-WARM_UP_S = 10.0
+WARM_UP_S = 30.0
 LOOK_EVERY_S = 1.0
 SAMPLES_MIN = 10
 

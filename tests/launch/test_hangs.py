@@ -67,6 +67,19 @@ def test_a_stopped_rank_is_named_and_the_same_command_goes_on(tmp_path, quiet):
     assert [event["late"] for event in events_of(directory, "hung")] == [[{"rank": 1, "host": HOST}]]
 
 
+def test_files_that_are_not_written_in_time_end_the_run_and_their_rank_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitscale.training.watch.FLUSH_FACTOR", 1)
+    env = {"VITSCALE_FAULT": "slow@checkpoint.files:rank=1:step=14:seconds=60"}
+    directory = tmp_path / "r"
+    program = start(
+        "pretrain", "--run", directory, *ARGUMENTS, "run.step_timeout=5", said=tmp_path / "said.txt", world=2, env=env
+    )
+    assert program.wait() == [75, 75], program.text
+    (sentence,) = [line for line in program.text.splitlines() if line.startswith("error:")]
+    assert f"rank 1 on {HOST} has been in flush of step 14" in sentence and "while the others wait in flush" in sentence
+    assert "in _write" in (directory / "stacks" / "attempt-001" / "rank-00001.txt").read_text()
+
+
 def test_a_killed_rank_ends_the_other_with_one_sentence(tmp_path, quiet):
     directory = tmp_path / "r"
     env = {"VITSCALE_FAULT": "kill@step.end:rank=0:step=7"}
@@ -78,8 +91,13 @@ def test_a_killed_rank_ends_the_other_with_one_sentence(tmp_path, quiet):
     (sentence,) = [line for line in program.text.splitlines() if line.startswith("error:")]
     assert f"rank 1 on {HOST} lost its connection" in sentence and f"rank 0 on {HOST} is gone" in sentence
     assert "the same command continues" in sentence and "Traceback" not in program.text
+    (died,) = events_of(directory, "died")
+    assert died["step"] in (7, 8) and died["dead"] == [{"rank": 0, "host": HOST}]
+    assert died["message"] == sentence.removeprefix("error: ")
+    assert json.loads((directory / "status.json").read_text())["phase"] == "died"
     run("pretrain", "--run", directory, *ARGUMENTS, said=tmp_path / "again.txt", world=2)
     assert curve(directory, *NAMES) == quiet
+    assert events_of(directory, "died") == [died]
 
 
 def test_a_killed_data_worker_is_replaced_and_no_image_is_lost(tmp_path, quiet):

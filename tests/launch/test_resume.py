@@ -57,6 +57,18 @@ def test_three_kills_leave_no_trace(tmp_path, world, stage, precision, more):
     assert all((quiet / path).read_bytes() == (stormy / path).read_bytes() for path in averages)
 
 
+def test_what_a_kill_right_after_the_last_commit_left_undone_is_done_by_the_next_start(tmp_path):
+    arguments = ("--run", tmp_path / "r", *SMALL, *CADENCE, "run.keep_last=1")
+    env = {"VITSCALE_FAULT": "kill@checkpoint.latest:step=24"}
+    start("pretrain", *arguments, said=tmp_path / "a.txt", env=env).wait()
+    checkpoints = tmp_path / "r" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == "step-00000020" and (checkpoints / "step-00000020").is_dir()
+    said = run("pretrain", *arguments, said=tmp_path / "b.txt")
+    assert "continuing after step 24" in said and "finished after 24 steps" in said
+    assert (checkpoints / "latest").read_text() == "step-00000024"
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000024"]
+
+
 def test_starting_a_finished_run_says_so_and_changes_nothing(tmp_path):
     run("pretrain", "--run", tmp_path / "r", *SMALL, said=tmp_path / "a.txt")
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()

@@ -33,9 +33,9 @@ def from_all_ranks(value: Any, group: Any = None) -> list[Any]:
     return box
 
 
-def new_control_group() -> Any:
+def new_control_group(timeout: datetime.timedelta = PROCESS_GROUP_TIMEOUT) -> Any:
     """A gloo group of all ranks for one thread of each that speaks beside the training. Collective."""
-    return torch.distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ theirs, so it becomes one sentence and exit 75. NCCL does not raise; there train
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,8 +74,13 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 @contextmanager
-def lost_ranks_are_transient(peers: tuple[Peer, ...], rank: int) -> Iterator[None]:
-    """Raise TransientFault in place of an error that a lost rank causes in this one; every other error passes."""
+def lost_ranks_are_transient(
+    peers: tuple[Peer, ...], rank: int, *, told: Callable[[list[Peer], str], None] = lambda dead, sentence: None
+) -> Iterator[None]:
+    """Raise TransientFault in place of an error that a lost rank causes in this one; every other error passes.
+
+    `told` hears of it on one rank of the host: the ranks that are known to have ended, and the sentence.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -83,12 +88,16 @@ def lost_ranks_are_transient(peers: tuple[Peer, ...], rank: int) -> Iterator[Non
             raise
         me = peers[rank]
         time.sleep(BURIAL_S)
-        dead = ", ".join(peer.name for peer in dead_beside(peers, me))
-        fault = TransientFault(
+        dead = dead_beside(peers, me)
+        sentence = (
             f"{me.name} lost its connection in a collective ({_first_words(error)}): "
-            f"{dead or 'another rank or its host'} is gone; the same command continues from the last checkpoint"
+            f"{', '.join(peer.name for peer in dead) or 'another rank or its host'} is gone; the same command continues from "
+            "the last checkpoint"
         )
+        fault = TransientFault(sentence)
         fault.every_rank_speaks = me == first_alive_beside(peers, me)
+        if fault.every_rank_speaks:
+            told(dead, sentence)
         raise fault from None
 
 

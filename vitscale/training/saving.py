@@ -14,8 +14,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,10 @@ from vitscale.training.staging import HostMemory
 from vitscale.weights.tensors import save_tensors
 
 MAP = "partition-{:05d}.json"
+THREAD = "saver"
+"""Name of the thread that writes."""
+FLUSH_TIMEOUT = timedelta(days=1)
+"""Of the threads that write: a rank that is through waits for the slowest, and a slow disk is no fault."""
 FIRST_SAVE_AFTER_STEPS = 10
 """With run.save_every=auto, of every start."""
 
@@ -85,12 +91,13 @@ class Saver:
         check: Callable[[int], None] = lambda step: None,
         told: Callable[[Outcome], None] = lambda outcome: None,
         may_commit: Callable[[], bool] = lambda: True,
+        beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         """`data`: what fixes the order of the images. `between_failures_s`: saves are due where they lose the least time
         (planning/cadence.py), the first soon after `start_step`, to learn what one costs and that it works. `check` is
         called with the step before anything is copied, and raises where the state must not be kept. `told` hears of every
         save, on every rank. `may_commit` is asked on rank 0 right before the rename: False where another start has taken
-        over the run."""
+        over the run. `beat` is told what the main thread does: "save" while it copies, "flush" while it waits for files."""
         self._engine = engine
         self._checkpoints = checkpoints
         self._data = data
@@ -98,8 +105,9 @@ class Saver:
         self._check = check
         self._told = told
         self._may_commit = may_commit
+        self._beat = beat
         self._memory = HostMemory()
-        self._group = new_control_group()
+        self._group = new_control_group(FLUSH_TIMEOUT)
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._defect: BaseException | None = None
@@ -126,6 +134,7 @@ class Saver:
     def begin(self, state: TrainState) -> None:
         """Copy the state and let it be written; waits for an earlier save that is not done yet."""
         self.wait()
+        self._beat("save")
         self._check(state.step)
         started_at_s = time.perf_counter()
         engine, step = self._engine, state.step
@@ -153,7 +162,7 @@ class Saver:
         fault_point("checkpoint.staged", rank=engine.rank, step=step)
         self._blocked_s = time.perf_counter() - started_at_s
         self._plan_next(step)
-        self._thread = threading.Thread(target=self._flush, args=(partial, writers, record), name="saver", daemon=True)
+        self._thread = threading.Thread(target=self._flush, args=(partial, writers, record), name=THREAD, daemon=True)
         self._thread.start()
 
     @property
@@ -169,7 +178,7 @@ class Saver:
     def wait(self, *, required: bool = False) -> None:
         """Wait for the save that is being written. With `required`, raises TransientFault when the last one failed."""
         if self._thread is not None:
-            self._thread.join()
+            self._beat("flush")
             self._settle()
         if required and self._outcome is not None and self._outcome.complaint is not None:
             raise TransientFault(
@@ -228,8 +237,7 @@ class Saver:
 
     def _prepare(self, partial: Path) -> None:
         self._checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self._checkpoints.glob("step-*.partial"):
-            shutil.rmtree(leftover)
+        _delete_partial(self._checkpoints)
         partial.mkdir()
         if self._engine.ds.stage > 0 and not (self._checkpoints / RECOVERY_SCRIPT.name).exists():
             write_bytes(self._checkpoints / RECOVERY_SCRIPT.name, RECOVERY_SCRIPT.read_bytes())
@@ -262,20 +270,32 @@ class Saver:
         publish(partial, final)
         fault_point("checkpoint.latest", rank=0, step=step)
         # From here on the checkpoint exists: what fails now is no failure of the save.
-        try:
+        with suppress(OSError):
             if former is not None:
                 shutil.rmtree(former)
-            write_bytes(self._checkpoints / "latest", final.name.encode())
-            kept = kept_for_ever(self._checkpoints)
-            for path in to_delete(
-                candidates(self._checkpoints), keep_last=self._retention.last, keep_every=self._retention.every, kept=kept
-            ):
-                # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
-                going = path.with_name(path.name + ".partial")
-                publish(path, going)
-                shutil.rmtree(going)
-        except OSError:
-            pass  # `latest` is for other tools, and the next save deletes again
+        tidy(self._checkpoints, self._retention)
+
+
+def tidy(checkpoints: Path, retention: Retention) -> None:
+    """Let `latest` name the highest committed step, which must be a valid one, and delete what retention lets go.
+
+    After each commit, and once at a start, for a commit that was killed before its end. What fails is left to the next.
+    """
+    with suppress(OSError):
+        committed = candidates(checkpoints)
+        write_bytes(checkpoints / "latest", committed[0].name.encode())
+        kept = kept_for_ever(checkpoints)
+        for path in to_delete(committed, keep_last=retention.last, keep_every=retention.every, kept=kept):
+            # Renamed first: a kill in mid-deletion must not leave half a checkpoint under a good name.
+            going = path.with_name(path.name + ".partial")
+            publish(path, going)
+            shutil.rmtree(going)
+        _delete_partial(checkpoints)
+
+
+def _delete_partial(checkpoints: Path) -> None:
+    for leftover in checkpoints.glob("step-*.partial"):
+        shutil.rmtree(leftover)
 
 
 def _torch_writer(content: Any) -> Callable[[Path], None]:

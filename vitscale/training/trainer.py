@@ -174,12 +174,10 @@ def train(
             if saver is not None:
                 saver.poll()
                 if is_saved:
-                    watch.beat("save")
                     saver.begin(state)
             if steering is not None:
                 order = steering.agree(state.step)
                 if saver is not None and (order.save or order.stop) and not is_saved:
-                    watch.beat("save")
                     bad_images.settle(state, metrics)
                     saver.begin(state)
                 if saver is not None and order.stop:
@@ -188,7 +186,6 @@ def train(
             if state.step % GARBAGE_EVERY_STEPS == 0:
                 gc.collect()
         if saver is not None:
-            watch.beat("save")
             saver.wait(required=True)
 
 

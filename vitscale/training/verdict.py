@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vitscale.training.peers import Peer
 
-PHASES = ("data", "forward", "backward", "optimizer", "end", "evaluate", "save")
+PHASES = ("data", "forward", "backward", "optimizer", "end", "evaluate", "save", "flush")
 """Of a step, in their order."""
 NAMED = 3
 """Late ranks that a sentence names."""

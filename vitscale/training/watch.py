@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -39,12 +39,15 @@ from vitscale.base.host import is_alive, is_stopped, process_of
 from vitscale.training.collectives import barrier
 from vitscale.training.metrics import append_event
 from vitscale.training.peers import Peer, dead_beside, first_alive_beside
-from vitscale.training.verdict import Report, Verdict, read_reports, report_name, verdict_on
+from vitscale.training.saving import THREAD as SAVER
+from vitscale.training.verdict import Report, read_reports, report_name, verdict_on
 
 DEATH_GRACE_S = 3.0
 """A rank that ended in order ends before its peers have noticed; they get this long to come to the same end."""
 ANSWER_S = (5.0, 60.0)
 """Least and most time for the files of the others: a tenth of the timeout. A client of NFS may see a new file late."""
+FLUSH_FACTOR = 10
+"""How many times longer than a step the files of a checkpoint may take that the loop waits for: a slow disk is no fault."""
 STOPPED_TICKS = 10
 """A thread that comes this many looks late was not slow but stopped, and with it the loop."""
 
@@ -145,8 +148,9 @@ class Watch:
                 self.beat(self._place[0], step=self._place[1], micro_batch=self._place[2])
                 continue
             self._look_for_the_dead()
+            limit_s = self._timeout_s * (FLUSH_FACTOR if self._place[0] == "flush" else 1)
             is_called = now_s - self._step_since_s > self._timeout_s / 2 and self.directory.is_dir()
-            if is_called or now_s - self._place[3] > self._timeout_s:
+            if is_called or now_s - self._place[3] > limit_s:
                 self._end_hung()
 
     def _give_signs_of_life(self) -> None:
@@ -162,10 +166,15 @@ class Watch:
         gone = [peer for peer in dead if now_s - self._died_at_s[peer.rank] > DEATH_GRACE_S]
         if gone:
             names = ", ".join(peer.name for peer in gone)
-            self._leave(
-                f"{names} died in step {self.step}; the same command continues from the last checkpoint",
-                is_speaker=self._me == first_alive_beside(self._peers, self._me),
-            )
+            sentence = f"{names} died in step {self.step}; the same command continues from the last checkpoint"
+            is_speaker = self._me == first_alive_beside(self._peers, self._me)
+            if is_speaker:
+                self.note_dead(gone, sentence)
+            self._leave(sentence, is_speaker=is_speaker)
+
+    def note_dead(self, dead: Sequence[Peer], sentence: str) -> None:
+        """Write down that ranks have ended, `dead` those that this host can name."""
+        self._record("died", [peer.rank for peer in dead], step=self.step, sentence=sentence)
 
     def _end_hung(self) -> None:
         """Report, wait for the others, judge, clean up, leave."""
@@ -185,7 +194,7 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
         sentence = f"{verdict.sentence}; stacks of the ranks are in {self.directory}; the same command continues"
         if self._me.rank == verdict.writer:
-            self._record(verdict, report, sentence)
+            self._record("hung", verdict.late, step=report.step, sentence=sentence)
         self._leave(sentence, is_speaker=self._me.rank in verdict.speakers)
 
     def _report(self) -> Report:
@@ -199,7 +208,7 @@ class Watch:
             micro_batch=micro_batch,
             phase=phase,
             seconds=round(time.monotonic() - since_s, 1),
-            waits_in=collective_of_loop(),
+            waits_in=collective_of(SAVER if phase == "flush" else threading.main_thread().name),
             workers=tuple((pid, _state_of(pid)) for pid in self._workers()),
         )
 
@@ -221,12 +230,13 @@ class Watch:
                 return reports
             time.sleep(0.2)
 
-    def _record(self, verdict: Verdict, report: Report, sentence: str) -> None:
-        late = [{"rank": rank, "host": self._peers[rank].host} for rank in verdict.late]
-        event: dict[str, Any] = {"step": report.step, "late": late, "message": sentence}
+    def _record(self, what: str, ranks: Sequence[int], *, step: int, sentence: str) -> None:
+        """To events.jsonl and status.json: `what` is "hung" or "died"."""
+        named = [{"rank": rank, "host": self._peers[rank].host} for rank in ranks]
+        event: dict[str, Any] = {"step": step, {"hung": "late", "died": "dead"}[what]: named, "message": sentence}
         try:
-            append_event(self._run, {"event": "hung", **event})
-            write_json(self._run / "status.json", {"phase": "hung", **event, "at_unix_s": time.time()})
+            append_event(self._run, {"event": what, **event})
+            write_json(self._run / "status.json", {"phase": what, **event, "at_unix_s": time.time()})
         except OSError as error:
             _say(f"{self._run} cannot be written ({error})")
 
@@ -251,13 +261,13 @@ def _say(sentence: str) -> None:
     os.write(2, f"{sentence}\n".encode())
 
 
-def collective_of_loop() -> str:
-    """Name of the collective in which the loop waits, by the Python stacks; empty where it is in none.
+def collective_of(thread_name: str) -> str:
+    """Name of the collective in which a thread waits, by the Python stacks; empty where it is in none.
 
-    On a GPU gradients are reduced in threads of autograd, which Python did not start.
+    On a GPU gradients are reduced in threads of autograd, which Python did not start: they count as that thread too.
     """
     started = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
-    others = {thread.ident for thread in started} - {threading.main_thread().ident}
+    others = {thread.ident for thread in started if thread.name != thread_name}
     for thread, innermost in sys._current_frames().items():
         frame = None if thread in others else innermost
         while frame is not None:

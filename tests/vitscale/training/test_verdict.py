@@ -90,7 +90,7 @@ def test_many_late_ranks_are_counted():
 
 def test_a_step_only_moves_forward():
     order = [("data", 0), ("forward", 0), ("backward", 0), ("optimizer", 0), ("data", 1), ("backward", 1), ("end", 1)]
-    order += [("evaluate", 0), ("evaluate", 5), ("save", 0)]
+    order += [("evaluate", 0), ("evaluate", 5), ("save", 0), ("flush", 0)]
     places = [dataclasses.replace(WAITING, phase=phase, micro_batch=number).progress for phase, number in order]
     assert all(before < after for before, after in itertools.pairwise(places))
     assert dataclasses.replace(WAITING, step=8, phase="data", micro_batch=0).progress > places[-1]

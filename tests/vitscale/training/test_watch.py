@@ -51,6 +51,11 @@ def moves(watch: Watch) -> None:
         time.sleep(0.1)
 
 
+def waits_for_files(watch: Watch) -> None:
+    watch.beat("flush", step=4)
+    time.sleep(2.5)
+
+
 def holds_the_interpreter(watch: Watch) -> None:
     watch.beat("forward", step=4)
     time.sleep(0.2)  # the thread looks at least once
@@ -76,10 +81,14 @@ def test_what_does_not_move_ends_with_75_and_leaves_its_stacks(tmp_path):
     assert json.loads((tmp_path / "status.json").read_text())["phase"] == "hung"
 
 
-@pytest.mark.parametrize(("act", "timeout_s"), [(moves, 1.5), (never_begins, 0.5)])
+@pytest.mark.parametrize(("act", "timeout_s"), [(moves, 1.5), (never_begins, 0.5), (waits_for_files, 0.8)])
 def test_what_moves_or_has_not_begun_goes_on(tmp_path, act, timeout_s):
     assert watched(tmp_path, act, timeout_s=timeout_s) == (0, "")
     assert not (tmp_path / "stacks").exists()
+
+
+def test_files_that_are_waited_for_have_a_limit_too(tmp_path):
+    assert watched(tmp_path, waits_for_files, timeout_s=0.1)[0] == 75
 
 
 def test_a_lock_of_the_interpreter_that_is_never_free_ends_the_process_too(tmp_path, monkeypatch):
