@@ -4,7 +4,7 @@
 import os
 import shutil
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,6 +55,7 @@ examples
 
 def main() -> None:
     parser = Parser(description=__doc__ or "", epilog=EPILOG)
+    parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # launchers put it first; ignored
     kinds = parser.add_subparsers(dest="what", required=True, metavar="loader|step|checkpoint")
     _add_loader(kinds.add_parser("loader", description="Compare loaders over the same shards."))
     _add_step(kinds.add_parser("step", description="Compare training loops at the same model and batch."))
@@ -100,7 +101,6 @@ def _add_checkpoint(parser: ArgumentParser) -> None:
     parser.add_argument("--dir", metavar="DIR", type=Path, required=True, help="on the file system to measure")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--deepspeed_config", type=Path, default=DEFAULT_DS_CONFIG, metavar="FILE")
-    parser.add_argument("--local_rank", type=int, help="set by launchers; ignored")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers here too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
