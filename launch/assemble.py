@@ -18,7 +18,7 @@ from launch.gate import prove_gradients
 from launch.job import AUTO, Job, order_record
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
-from vitscale.base.errors import UsageError
+from vitscale.base.errors import DivergedError, UsageError
 from vitscale.evaluation.classification import Scores
 from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
@@ -30,7 +30,7 @@ from vitscale.training.checkpoint import Saved, TrainState, candidates, find_che
 from vitscale.training.collectives import from_all_ranks, from_rank_zero
 from vitscale.training.engine import Engine, leave_ranks, start_ranks
 from vitscale.training.guard import Guard, RollBack
-from vitscale.training.integrity import Integrity
+from vitscale.training.integrity import CorruptReplica, Integrity
 from vitscale.training.metrics import Metrics, append_event, complain
 from vitscale.training.objective import Objective, objective_of
 from vitscale.training.peers import Peer, lost_ranks_are_transient, meet
@@ -113,6 +113,9 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
                     watch=watch,
                 )
             break
+        except (CorruptReplica, DivergedError):
+            saver.wait()  # what is being written was good, and nothing newer will come
+            raise
         except RollBack as wanted:
             stream.close()
             saver.wait()

@@ -200,12 +200,13 @@ def test_a_corrupt_replica_ends_the_run_names_its_rank_and_the_same_command_goes
         return plain(self, forward, *batch, **slot)
 
     monkeypatch.setattr(Objective, "__call__", objective)
-    said = run("pretrain", *arguments(struck, data, 2, "train.length=6"), said=tmp_path / "a.txt", world=2, code=75)
+    command = ("pretrain", *arguments(struck, data, 2, "train.length=6"))
+    env = {"VITSCALE_FAULT": "slow@checkpoint.files:step=4:seconds=2"}  # on its way when the flip is found
+    said = run(*command, said=tmp_path / "a.txt", world=2, code=75, env=env)
     assert "error: at step 5 the copies of head.weight are not equal on all ranks, and rank 1 on " in said
-    # The save of step 4 was on its way, and may have been cut off.
-    assert [path.name for path in candidates(struck / "checkpoints")][-1:] == ["step-00000002"]
-    said = run("pretrain", *arguments(struck, data, 2, "train.length=6"), said=tmp_path / "b.txt", world=2)
-    assert "continuing after step" in said
+    assert [path.name for path in candidates(struck / "checkpoints")] == ["step-00000004", "step-00000002"]
+    said = run(*command, said=tmp_path / "b.txt", world=2)
+    assert "continuing after step 4" in said
     (event,) = events(struck, "corrupt")
     assert event["step"] == 5 and [(found["tensor"], found["ranks"]) for found in event["tensors"]] == [("head.weight", [1])]
     assert [step for step, _ in curve(struck, "loss")] == list(range(1, 7))

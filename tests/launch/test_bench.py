@@ -138,7 +138,18 @@ def test_a_wrong_word_about_steps_is_one_sentence(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_save_is_timed_and_what_comes_back_is_compared(tmp_path):
     record_path = tmp_path / "record.json"
-    where = ("--local_rank=0", "checkpoint", "--dir", tmp_path, "--rounds", "1", "--json", record_path, "model.width=32", "train.ema=[0.9]")
+    where = (
+        "--local_rank=0",
+        "checkpoint",
+        "--dir",
+        tmp_path,
+        "--rounds",
+        "1",
+        "--json",
+        record_path,
+        "model.width=32",
+        "train.ema=[0.9]",
+    )
     said = run("bench", *where, "ds.zero_optimization.stage=3", said=tmp_path / "said", world=2)
     record = json.loads(record_path.read_text())
     assert "what comes back     every bit" in said and "2 ranks, ZeRO stage 3" in said
