@@ -1,6 +1,7 @@
 """One thread in the test process: a pool of OpenMP threads does not survive the fork that starts ranks and workers."""
 
 import os
+import shutil
 import tempfile
 
 # Read when torch loads OpenMP. Threads that spin as they wait take the cores from the test beside: it took five times as long.
@@ -9,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 # Gradients are proven once per configuration and test session, whatever the home directory remembers.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vitscale-cache-")
+CACHE = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vitscale-cache-")
 
 TEST_PROCESS = os.getpid()
 set_num_threads = torch.set_num_threads
@@ -23,3 +24,7 @@ def set_num_threads_in_children(count: int) -> None:
 
 torch.set_num_threads = set_num_threads_in_children
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
