@@ -22,7 +22,6 @@ from launch.trained import load_weights_of
 from vitscale.base.errors import UsageError
 from vitscale.base.startup import Startup
 from vitscale.evaluation.classification import Scores
-from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
 from vitscale.planning.cadence import between_failures_s
 from vitscale.planning.resolution import flops_until
@@ -107,9 +106,7 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
                     evaluate=evaluation,
                     saver=saver,
                     metrics=metrics,
-                    watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
-                    if job.plan.attention_every_steps
-                    else None,
+                    watch_attention=_attention_watcher(job, engine, metrics) if job.plan.attention_every_steps else None,
                     watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
                     if job.plan.histograms_every_steps
                     else None,
@@ -293,7 +290,14 @@ def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:
     return f"starting {job.run} at step 0"
 
 
-def watched_images(job: Job) -> torch.Tensor:
+def _attention_watcher(job: Job, engine: Engine, metrics: Metrics | None) -> Callable[[int], None]:
+    # Imported here because it brings matplotlib, which every start of every run would wait for.
+    from vitscale.insight.board import IMAGES, attention_watcher
+
+    return attention_watcher(engine, watched_images(job, IMAGES), metrics=metrics)
+
+
+def watched_images(job: Job, count: int) -> torch.Tensor:
     """The first images of the evaluation data, else of the training data, on every rank: BHWC of uint8. Collective."""
     images_BHWC = None
     if job.cluster.rank == 0:
@@ -302,7 +306,7 @@ def watched_images(job: Job) -> torch.Tensor:
             data=dataclasses.replace(job.config.data, workers=0),
             augment=job.config.augment,
             image_size=job.config.model.image_size,
-            micro_batch=IMAGES,
+            micro_batch=count,
             rank=0,
             world=1,
         )

@@ -1,9 +1,11 @@
 """The phases of a start add up to its whole time, and only a launcher that starts once has a time."""
 
+import gc
+
 import pytest
 
 from vitscale.base.host import Ancestor, Process
-from vitscale.base.startup import Startup, seconds_before, startup_of_this_process
+from vitscale.base.startup import Startup, importing, seconds_before, startup_of_this_process
 
 RUNNER, NODE = ("python", "/opt/bin/deepspeed"), ("python", "-m", "deepspeed.launcher.launch")
 SUPERVISE, SHELL, TORCHRUN = ("python", "launch/supervise.py"), ("bash",), ("python", "/opt/bin/torchrun")
@@ -36,3 +38,11 @@ def test_the_launcher_counts_from_its_own_start(above, before):
 
 def test_a_process_knows_how_old_it_is():
     assert startup_of_this_process().seconds["imports"] > 0
+
+
+def test_loading_modules_is_not_interrupted_by_garbage_collection_and_what_follows_is():
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    gc.unfreeze()
