@@ -4,6 +4,7 @@ carry_out    start the ranks, own the run directory, restore, train (again after
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from launch.job import AUTO, Job, order_record
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
 from vitscale.base.errors import DivergedError, UsageError
+from vitscale.base.startup import Startup
 from vitscale.evaluation.classification import Scores
-from vitscale.insight.board import IMAGES, attention_watcher
 from vitscale.insight.updates import UpdateWatcher
 from vitscale.planning.cadence import between_failures_s
 from vitscale.planning.resolution import flops_until
@@ -43,25 +44,28 @@ from vitscale.training.trainer import train
 from vitscale.training.watch import Beats, Watch
 
 
-def carry_out(job: Job) -> None:
-    """Run the job to its end, or continue it where its newest usable checkpoint stands."""
+def carry_out(job: Job, startup: Startup) -> None:
+    """Run the job to its end, or continue it where its newest usable checkpoint stands. `startup`: of this process so far."""
+    startup.ends("configuration")
     device = start_ranks(job.cluster)
     require_equal_hosts(job.cluster, say=complain)
     peers = meet(job.cluster)
     with lost_ranks_are_transient(peers, job.cluster.rank), leased(job.run, job.cluster) as lease:
         stop_after, total = job.config.run.stop_after, job.plan.total_steps
         steering = steering_of(job.run, job.cluster, total_steps=total, stop_after=stop_after, lease=lease)
-        _carry_out(job, peers, device, steering)
+        startup.ends("ranks")
+        _carry_out(job, peers, device, steering, startup)
     leave_ranks()
 
 
-def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering: Steering) -> None:
+def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering: Steering, startup: Startup) -> None:
     config = job.config
     require_shared_directory(job.run, job.cluster)
     finish_rollbacks(job.run, rank=job.cluster.rank)
     saved = find_checkpoint(job.run / "checkpoints", say=complain)
+    startup.ends("verifying")
     attempt = begin_attempt(job.run, config=config, ds=job.ds, cluster=job.cluster, followed=job.followed)
-    engine, state, rollbacks = _restored(job, saved, device)
+    engine, state, rollbacks = _restored(job, saved, device, startup)
     retention = Retention(last=config.run.keep_last, every=job.keep_every_steps)
     metrics = None
     if job.cluster.rank == 0:
@@ -70,6 +74,10 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
         metrics = Metrics(job.run, total_steps=job.plan.total_steps, work_until=lambda step: flops_until(job.plan.phases, step))
         metrics.open(state.step)
         metrics.say(_banner(job, saved, state))
+        seconds = startup.as_record()
+        started = {"step": state.step, "event": "started", "attempt": attempt, "world": job.cluster.world, "seconds": seconds}
+        metrics.log_events([started])
+        metrics.say(startup.in_words())
         tell(metrics, rollbacks)
         if said := _shortage(job):
             metrics.say(said)
@@ -101,9 +109,7 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
                     evaluate=evaluation,
                     saver=saver,
                     metrics=metrics,
-                    watch_attention=attention_watcher(engine, watched_images(job), metrics=metrics)
-                    if job.plan.attention_every_steps
-                    else None,
+                    watch_attention=_attention_watcher(job, engine, metrics) if job.plan.attention_every_steps else None,
                     watch_updates=UpdateWatcher(engine, depth=config.model.depth, metrics=metrics)
                     if job.plan.histograms_every_steps
                     else None,
@@ -143,7 +149,7 @@ def _carry_out(job: Job, peers: tuple[Peer, ...], device: torch.device, steering
     engine.close()
 
 
-def _restored(job: Job, saved: Saved | None, device: torch.device) -> tuple[Engine, TrainState, list[Record]]:
+def _restored(job: Job, saved: Saved | None, device: torch.device, startup: Startup) -> tuple[Engine, TrainState, list[Record]]:
     """The engine with the state this start goes on from, and the rollbacks that count from there on."""
     config, rank = job.config, job.cluster.rank
     initial = load_weights_of(job.source) if job.source is not None and saved is None else None
@@ -156,11 +162,14 @@ def _restored(job: Job, saved: Saved | None, device: torch.device) -> tuple[Engi
     pin_attention(job.run, config, job.ds, device=device)
     if config.run.parity == "first":
         prove_gradients(config, job.ds, run=job.run, device=device)
+        startup.ends("gradients")
     engine = make_engine(config, job.ds, initial=initial, device=device, say=complain if rank == 0 else silent)
+    startup.ends("engine")
     if saved is not None:
         state = load_checkpoint(engine, saved)
     else:
         state = load_parent(engine, job.parent, config) if job.parent is not None else TrainState()
+    startup.ends("loading")
     return engine, *taken_up(job.run, state, rank=rank)
 
 
@@ -291,7 +300,14 @@ def _banner(job: Job, saved: Saved | None, state: TrainState) -> str:
     return f"starting {job.run} at step 0"
 
 
-def watched_images(job: Job) -> torch.Tensor:
+def _attention_watcher(job: Job, engine: Engine, metrics: Metrics | None) -> Callable[[int], None]:
+    # Imported here because it brings matplotlib, which every start of every run would wait for.
+    from vitscale.insight.board import IMAGES, attention_watcher
+
+    return attention_watcher(engine, watched_images(job, IMAGES), metrics=metrics)
+
+
+def watched_images(job: Job, count: int) -> torch.Tensor:
     """The first images of the evaluation data, else of the training data, on every rank: BHWC of uint8. Collective."""
     images_BHWC = None
     if job.cluster.rank == 0:
@@ -300,7 +316,7 @@ def watched_images(job: Job) -> torch.Tensor:
             data=dataclasses.replace(job.config.data, workers=0),
             augment=job.config.augment,
             image_size=job.config.model.image_size,
-            micro_batch=IMAGES,
+            micro_batch=count,
             rank=0,
             world=1,
         )

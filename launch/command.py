@@ -21,6 +21,7 @@ from launch.trained import identity_of
 from vitscale.base.cluster import resolve_cluster
 from vitscale.base.errors import UsageError
 from vitscale.base.files import read_json
+from vitscale.base.startup import startup_of_this_process
 from vitscale.config import Config, all_keys, apply_overrides, from_record
 from vitscale.ds_config import read_ds_config, resolve_ds_config
 from vitscale.model.flops import forward_flops, parameters
@@ -67,6 +68,7 @@ def run_training(
     `adapt` changes a fresh recipe before the overrides apply (fine-tuning puts its model there); `source` names the
     weights to start from, `branch` the run and step whose whole state a new run starts from.
     """
+    startup = startup_of_this_process()
     cluster = resolve_cluster(os.environ)
     if args.world is not None:
         if not args.dry_run:
@@ -145,7 +147,7 @@ def run_training(
     if args.world is None and train_data:  # else nobody knows how many ranks share a node
         require_cache(job)
     if not args.dry_run:
-        carry_out(job)
+        carry_out(job, startup)
 
 
 def _parent(wanted: str | None, stored: Config | None, run: Path) -> Parent | None:

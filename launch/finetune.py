@@ -2,12 +2,15 @@
 
 import dataclasses
 
-from data_pipeline.config import DataConfig, sources_of
-from data_pipeline.remote import open_dataset
-from launch.command import run_training, training_parser
-from launch.trained import load_weights_of
 from vitscale.base.errors import UsageError, run_main
-from vitscale.config import Config
+from vitscale.base.startup import importing
+
+with importing():
+    from data_pipeline.config import DataConfig, sources_of
+    from data_pipeline.remote import open_dataset
+    from launch.command import run_training, training_parser
+    from launch.trained import load_weights_of
+    from vitscale.config import Config
 
 
 def main() -> None:

@@ -22,10 +22,9 @@ import vitscale.training.engine  # noqa: F401  (before DeepSpeed itself: it says
 from vitscale.base.cluster import Cluster
 from vitscale.base.errors import run_main
 
-# What torch's first optimizer and DeepSpeed's first engine would else import in every rank: 8 s of it.
+# What torch's first optimizer would else import in every rank: seconds of it.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch._dynamo  # noqa: F401
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -1,7 +1,10 @@
 """Pretrain a Vision Transformer: `deepspeed launch/pretrain.py`; without arguments the embedded digits, in minutes."""
 
-from launch.command import run_training, training_parser
 from vitscale.base.errors import run_main
+from vitscale.base.startup import importing
+
+with importing():
+    from launch.command import run_training, training_parser
 
 
 def main() -> None:

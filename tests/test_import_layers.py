@@ -50,7 +50,7 @@ HOMES = {
     "accelerate": ["vitscale.evaluation", "launch.evaluate"],
     "braceexpand": ["data_pipeline.sources.packed"],
     "cv2": ["data_pipeline.colour", "data_pipeline.decode"],
-    "deepspeed": ["vitscale.training.engine", "launch.peers", "launch.forked"],
+    "deepspeed": ["vitscale.training.engine", "launch.peers"],
     "matplotlib": ["vitscale.insight"],
     "numpy": [*PACKAGES],
     "obstore": ["data_pipeline.store"],
@@ -77,6 +77,7 @@ HOMES = {
 }
 # Imports inside a function, each with its reason in the code beside it.
 LATE = {
+    ("launch.assemble", "vitscale.insight.board"),
     ("launch.certificate", "timm"),
     ("launch.certificate", "transformers"),
     ("data_pipeline.sources.digits", "sklearn.datasets"),
@@ -239,6 +240,20 @@ def test_the_ground_imports_without_torch():
         f"for name in {ground!r}:\n"
         "    importlib.import_module(name)\n"
         "    assert 'torch' not in sys.modules, name\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_start_does_not_wait_for_libraries_that_most_runs_do_not_use():
+    """Each takes half a second to two seconds of every start of every rank. DeepSpeed imports its Muon with each engine."""
+    late = ("matplotlib", "sklearn", "pandas", "timm", "torchvision", "transformers", "torch._inductor", "torch._dynamo")
+    program = (
+        "import sys\n"
+        "import launch.pretrain\n"
+        "import deepspeed.runtime.zero.muon.muon_optimizer\n"
+        f"loaded = [name for name in {late!r} if name in sys.modules]\n"
+        "assert not loaded, loaded\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr

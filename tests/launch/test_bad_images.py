@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def events_of(directory):
-    lines = read_lines(directory / "events.jsonl")
+    lines = [line for line in read_lines(directory / "events.jsonl") if line["event"] != "started"]
     return [{name: value for name, value in line.items() if name != "at_unix_s"} for line in lines]
 
 

@@ -89,3 +89,7 @@ def test_a_run_goes_on_without_its_flags_and_refuses_other_results(tmp_path):
     said = run("pretrain", "--run", directory, "data.workers=1", "run.eval_every=0", said=tmp_path / "d.txt")
     assert "continuing after step 5" in said and "data.workers: 0 -> 1" in said
     assert [step for step, _ in curve(directory, "loss")] == list(range(1, 25))
+    starts = [line for line in read_lines(directory / "events.jsonl") if line["event"] == "started"]
+    assert [(line["attempt"], line["step"], line["world"]) for line in starts] == [(1, 0, 1), (2, 5, 1)]
+    assert all({"imports", "ranks", "verifying", "engine", "loading"} <= line["seconds"].keys() for line in starts)
+    assert "the start took" in said

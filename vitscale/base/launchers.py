@@ -38,6 +38,11 @@ def launchers_of(above: Sequence[Ancestor]) -> list[Process]:
     return [one.process for one, program in zip(above, programs, strict=True) if program in counting]
 
 
+def launchers_of_one_start(above: Sequence[Ancestor]) -> list[Process]:
+    """Those that start their ranks once, nearest first: `deepspeed`. supervise.py and torchrun start them again. Pure."""
+    return [one.process for one in above if program_of(one.argv) in (*_RUNNERS, *_NODE_LAUNCHERS)]
+
+
 def program_of(argv: Sequence[str]) -> str:
     """What runs: the name of a program, or of the script or module that Python runs. Pure."""
     name = PurePath(argv[0]).name if argv else ""

@@ -41,7 +41,7 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import torch_autocast
+from deepspeed.runtime import compiler, torch_autocast
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -51,6 +51,13 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import zero_to_fp32
 from deepspeed.utils.tensor_fragment import fragment_address
+
+# Every engine of DeepSpeed imports its Muon, which is decorated with torch.compile: that loads the whole compiler, 2 s of each
+# start, for functions that nothing here calls (training/muon.py is ours).
+_compile, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+compiler.compile = _compile
 
 deepspeed_logger.setLevel(logging.ERROR)
 # DeepSpeed 0.19.8 calls collectives by the names torch 2.13 is about to drop; it works, and users cannot change it.

@@ -30,7 +30,7 @@ GROUP_OF = {
     **dict.fromkeys(("images_seen", "skipped", "bad_images"), "data"),
 }
 """Group of a number in TensorBoard; all others are of the group train."""
-LASTING_EVENTS = ("hung", "died", "worker_died", "corrupt", "rollback", "save_failed")
+LASTING_EVENTS = ("started", "hung", "died", "worker_died", "corrupt", "rollback", "save_failed")
 """What happened to the run or its machines: a resume from before keeps it."""
 
 

@@ -135,11 +135,13 @@ def test_a_torn_last_line_is_ignored_and_gone_after_the_next_start(tmp_path):
 
 def test_a_resume_keeps_what_happened_to_the_run_and_drops_what_its_steps_will_say_again(tmp_path):
     metrics = metrics_of(tmp_path)
-    events = [{"step": 5, "event": event, "loss": math.nan} for event in ("skipped_step", "rollback", "bad_image", "corrupt")]
+    kinds = ("started", "skipped_step", "rollback", "bad_image", "corrupt")
+    events = [{"step": 5, "event": event, "loss": math.nan} for event in kinds]
     metrics.log_events(events)
     metrics.log_step(line_of(5))
     metrics.reopen(4)
     assert [(line["event"], line["loss"]) for line in read_lines(metrics.events_path)] == [
+        ("started", "nan"),
         ("rollback", "nan"),
         ("corrupt", "nan"),
     ]
