@@ -57,8 +57,21 @@ def _is_mine(path: Path) -> bool:
         return False
 
 
+def stays_taken(port: int) -> bool:
+    """Whether a process of this machine still listens on this TCP port after a moment.
+
+    Of a killed process the first thread may be gone, and it counts as ended, while another still closes its sockets.
+    """
+    give_up_at_s = time.monotonic() + GRACE_S
+    while has_listener(port):
+        if time.monotonic() > give_up_at_s:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def has_listener(port: int) -> bool:
-    """Whether a process of this machine listens on this TCP port."""
+    """Whether a process of this machine listens on this TCP port now."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(FileNotFoundError):
             for line in Path(table).read_text().splitlines()[1:]:

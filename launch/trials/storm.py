@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.trials.attempts import Attempt, Start, has_ended, kill_all, workers_of
-from launch.trials.leftovers import end_sessions, has_listener
+from launch.trials.leftovers import end_sessions, stays_taken
 from launch.trials.strikes import Strike
 from vitscale.base.faults import VARIABLE
 from vitscale.training.checkpoint import candidates
@@ -92,7 +92,7 @@ def attempt_once(
         time.sleep(0.01)
     result.codes = codes
     result.left = [f"process {process.pid}: {' '.join(process.argv)}" for process in outlived]
-    result.left += [f"listener on port {attempt.port}"] if has_listener(attempt.port) else []
+    result.left += [f"listener on port {attempt.port}"] if stays_taken(attempt.port) else []
     if result.hit_after_s is None and marker.exists():
         result.hit_after_s = time.monotonic() - started_s
     result.has_hit = result.hit_after_s is not None

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from launch import chaos
 from launch.trials.evidence import Account, Evidence, differences
-from launch.trials.leftovers import end_sessions, forsaken, shared_memory, temporary_files
+from launch.trials.leftovers import end_sessions, forsaken, shared_memory, stays_taken, temporary_files
 from launch.trials.soak import Memory, Slope, _slope
 from launch.trials.storm import last_step_line
 from launch.trials.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
@@ -144,6 +146,17 @@ def test_a_process_is_found_by_its_session_and_ended(monkeypatch):
     assert len(end_sessions([child.pid])) == 2
     child.wait()
     assert end_sessions([child.pid]) == []
+
+
+def test_a_port_that_stays_taken_is_found_and_one_that_is_just_being_closed_is_not(monkeypatch):
+    monkeypatch.setattr("launch.trials.leftovers.GRACE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert stays_taken(port)
+        closing = threading.Timer(0.2, server.close)
+        closing.start()
+        assert not stays_taken(port)
+        closing.join()
 
 
 def test_shared_memory_is_left_when_nobody_holds_it():
