@@ -137,9 +137,11 @@ def setup_of(args: Namespace, stage: int, place: Path, length: Sequence[str], *,
     )
 
 
-def draws_of(args: Namespace, stage: int, pace: Pace, kinds: Sequence[Kind] = KILLS, *, every_s: float | None = None) -> Draws:
+def draws_of(
+    args: Namespace, stage: int, pace: Pace, kinds: Sequence[Kind] = KILLS, *, every_s: float | None = None, first: int = 0
+) -> Draws:
     seed = f"{args.seed} {stage}"
-    return Draws(seed, pace=pace, world=args.world, workers=args.workers, kinds=kinds, every_s=every_s)
+    return Draws(seed, pace=pace, world=args.world, workers=args.workers, kinds=kinds, every_s=every_s, first=first)
 
 
 def soak_kinds() -> tuple[Kind, ...]:
@@ -148,7 +150,7 @@ def soak_kinds() -> tuple[Kind, ...]:
 
 
 def kill(args: Namespace, stages: Sequence[int], out: Path) -> list[Proof]:
-    """All kills, shared out over the stages."""
+    """All kills, shared out over the stages; the kinds go on from one stage to the next."""
     kills = KILLS_DEFAULT if args.kills is None else args.kills
     proofs: list[Proof] = []
     with Bar(total=kills, what="kills", unit="kill") as bar:
@@ -158,7 +160,7 @@ def kill(args: Namespace, stages: Sequence[int], out: Path) -> list[Proof]:
                 continue
             setup = setup_of(args, stage, out / f"stage-{stage}", SHORT)
             reference, pace = undisturbed(setup)
-            storm = Storm(setup, reference, draws_of(args, stage, pace))
+            storm = Storm(setup, reference, draws_of(args, stage, pace, first=bar.done))
             proofs.append(storm.proof)
             for _ in range(share):
                 attempt = storm.deal()

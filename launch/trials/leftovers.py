@@ -36,7 +36,19 @@ def shared_memory() -> set[str]:
 
 
 def forsaken(names: Collection[str]) -> list[str]:
-    """Those names in /dev/shm that belong to this user and that no process has open or mapped."""
+    """Those names in /dev/shm that belong to this user and that, also after a moment, no process has open or mapped.
+
+    Other programs use this directory too, and their helpers clean up behind them when they have ended.
+    """
+    give_up_at_s = time.monotonic() + GRACE_S
+    while left := _held_by_none(names):
+        if time.monotonic() > give_up_at_s:
+            return left
+        time.sleep(0.1)
+    return []
+
+
+def _held_by_none(names: Collection[str]) -> list[str]:
     places = {str(SHARED_MEMORY / name) for name in names}
     held: set[str] = set()
     for process in process_table() if places else ():

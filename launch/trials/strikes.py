@@ -96,13 +96,14 @@ class Draws:
         workers: int,
         kinds: Sequence[Kind] = KILLS,
         every_s: float | None = None,
+        first: int = 0,
     ) -> None:
         """`every_s`: strike about so long after each start, and after a strike that was survived; None: soon, so that a
-        short run is struck often."""
+        short run is struck often. `first`: how many of the kinds are passed over at the beginning."""
         self._random = random.Random(seed)
         self._pace, self._world, self._workers, self._every_s = pace, world, workers, every_s
         self._kinds = [kind for kind in kinds if workers or kind != "kill of a data worker"]
-        self._drawn = 0
+        self._drawn = first
         self._bag: list[str] = []
 
     def next(self, done_steps: int, marker: Path) -> Strike:

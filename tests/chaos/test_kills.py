@@ -27,11 +27,12 @@ def test_two_kills_per_stage_leave_no_trace(tmp_path):
         "chaos", "--kills", "6", "--workers", "1", "--json", report, *short, said=tmp_path / "said.txt", timeout_s=PATIENCE_S
     )
     record = json.loads(report.read_text())
+    assert all(f"kill of {whom} " in said for whom in ("one rank", "a data worker", "all ranks"))
     assert record["passed"] and "0 lost, 0 twice; 0 things left behind" in said
     for number, stage in enumerate(record["stages"], start=1):
         assert (stage["stage"], stage["passed"], stage["steps"], stage["left"]) == (number, True, 8, [])
         hits = [attempt for attempt in stage["attempts"] if attempt["has_hit"]]
-        assert len(hits) == 2 and len(stage["attempts"]) > 2  # each was struck, and started again
+        assert len(hits) == 2 <= len(stage["attempts"])
         assert all(-9 in attempt["codes"] or "data worker" in attempt["strike"] for attempt in hits), stage["attempts"]
         assert stage["differences"] and not any(stage["differences"].values())  # runs, each with what differs in it
         assert stage["account"] == {"due": 8 * 24, "lost": 0, "twice": 0}

@@ -159,7 +159,8 @@ def test_a_port_that_stays_taken_is_found_and_one_that_is_just_being_closed_is_n
         closing.join()
 
 
-def test_shared_memory_is_left_when_nobody_holds_it():
+def test_shared_memory_is_left_when_nobody_holds_it_and_nobody_cleans_up(monkeypatch):
+    monkeypatch.setattr("launch.trials.leftovers.GRACE_S", 0.5)
     before = shared_memory()
     path = Path(f"/dev/shm/vitscale-test-{os.getpid()}")
     path.write_bytes(b"x")
@@ -167,9 +168,12 @@ def test_shared_memory_is_left_when_nobody_holds_it():
         with open(path):
             assert str(path) not in forsaken(shared_memory() - before)
         assert str(path) in forsaken(shared_memory() - before)
+        cleaning = threading.Timer(0.2, path.unlink)
+        cleaning.start()
+        assert str(path) not in forsaken(shared_memory() - before)
+        cleaning.join()
     finally:
-        path.unlink()
-    assert str(path) not in forsaken({path.name})
+        path.unlink(missing_ok=True)
 
 
 def test_temporary_files_of_a_run_are_found(tmp_path):
