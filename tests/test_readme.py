@@ -1,7 +1,8 @@
 """Every command of the README runs, in its order, in one directory with small stand-ins for the images it names.
 
-Left out are the two commands that make environments. Training is cut to three steps, the benchmark to an instant; cluster
-commands run without their launcher, trainings among them as --dry-run. The object store is one of this machine.
+Left out are the two commands that make environments. Training is cut to three steps of few images, bfloat16 being slow
+without a GPU; the benchmark to an instant; cluster commands run without their launcher, trainings among them as --dry-run.
+The object store is one of this machine.
 """
 
 import io
@@ -47,7 +48,7 @@ def as_run(command: str) -> str:
     if "launch/bench.py" in command:
         return command + " --seconds 0.2 --rounds 1 --image-size 32 --batch 8"
     if is_training and "--dry-run" not in command:
-        return command + " train.length=3 run.log_every=1 run.parity=never"
+        return command + " train.length=3 run.log_every=1 run.parity=never optim.global_batch=12"
     return command
 
 
