@@ -118,7 +118,15 @@ def test_workers_change_no_byte(tmp_path: Path, whole: dict[str, bytes], workers
 @pytest.mark.slow
 def test_a_killed_worker_is_a_transient_fault_and_the_build_continues(tmp_path: Path, whole: dict[str, bytes]) -> None:
     """Not forked from here: the server that forks the workers has the environment of its start."""
-    script = [sys.executable, str(REPOSITORY / "launch" / "build_shards.py"), *OPTIONS, "--out", str(tmp_path), "--workers", "2"]
+    script = [
+        sys.executable,
+        str(REPOSITORY / "launch" / "build_shards.py"),
+        *OPTIONS,
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VITSCALE_FAULT": "kill@build.shard:shard=2"}
     killed = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert killed.returncode == ExitCode.TRANSIENT
