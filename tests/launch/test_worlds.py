@@ -16,6 +16,8 @@ def test_one_two_three_ranks_and_four_stages_learn_the_same(tmp_path):
     for world, stage in [(1, 2), (2, 2), (3, 2), (1, 0), (2, 1), (3, 3)]:
         directory = tmp_path / f"{world}-{stage}"
         options = ["--run", directory, f"ds.zero_optimization.stage={stage}"]
+        if curves:  # the digits that the first run has built
+            options += ["--data", tmp_path / "1-2" / "data" / "train", "--eval-data", tmp_path / "1-2" / "data" / "eval"]
         run("pretrain", *options, *arguments, said=tmp_path / f"{world}-{stage}.txt", world=world)
         curves[world, stage] = curve(directory, "samples_hash", "loss")
     reference = curves[1, 2]
