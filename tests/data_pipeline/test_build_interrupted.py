@@ -14,6 +14,7 @@ from data_pipeline.config import BuildConfig
 from data_pipeline.manifest import MANIFEST, Manifest, write_table
 from data_pipeline.team import Team
 from tests.helpers.builds import files_of, photograph
+from tests.helpers.program import run
 from tests.helpers.ranks import free_port
 from tests.helpers.sources import digit_pngs
 from vitscale.base.errors import EnvironmentFault, ExitCode, UsageError
@@ -28,18 +29,12 @@ def build(out: Path, *, workers: int = 1, config: BuildConfig = CONFIG) -> Manif
 
 
 def command(
-    out: Path, *, workers: int, fault: str = "", source: str = OPTIONS[0], options: Sequence[str] = OPTIONS[1:]
-) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(REPOSITORY / "launch" / "build_shards.py"), source, *options]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VITSCALE_FAULT": fault}
-    return subprocess.run(
-        [*script, "--out", str(out), "--workers", str(workers)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    out: Path, *, workers: int, fault: str = "", source: str = OPTIONS[0], options: Sequence[str] = OPTIONS[1:], code: int = 0
+) -> str:
+    """The script, forked; it must leave with `code`. Returns what it said."""
+    said = out.with_name(f"{out.name}-said.txt")
+    words = (source, *options, "--out", out, "--workers", str(workers))
+    return run("build_shards", *words, said=said, env={"VITSCALE_FAULT": fault}, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +55,7 @@ def stop_after(shard: int, *, out: Path, monkeypatch: pytest.MonkeyPatch, config
 def test_a_build_killed_twice_continues_to_the_same_bytes(
     tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = command(tmp_path, workers=1, fault="kill@build.shard:shard=2")
-    assert killed.returncode == -signal.SIGKILL
+    command(tmp_path, workers=1, fault="kill@build.shard:shard=2", code=-signal.SIGKILL)
     assert not (tmp_path / MANIFEST).exists()
     first = (tmp_path / "train-000000.tar").stat()
     stop_after(4, out=tmp_path, monkeypatch=monkeypatch)
@@ -77,16 +71,14 @@ def test_a_build_killed_in_the_scan_and_in_the_writing_continues_to_the_same_byt
     write_table(tmp_path / "images.parquet", {"image": images, "label": [n % 3 for n in range(150)]})
     source = f"parquet:{tmp_path / 'images.parquet'}"
     options = ["--resize-short", "16", "--shard-images", "20", "--split", "train=0.7,eval=0.3", "--dedup"]
-    killed = command(tmp_path / "out", workers=1, fault="kill@build.piece:piece=1", source=source, options=options)
-    assert killed.returncode == -signal.SIGKILL
+    words = {"workers": 1, "source": source, "options": options}
+    command(tmp_path / "out", **words, fault="kill@build.piece:piece=1", code=-signal.SIGKILL)
     scanned = sorted((tmp_path / "out" / ".build").glob("scan-*"))
     assert [path.stem for path in scanned] == ["scan-000000", "scan-000001"]
     kept = scanned[0].stat().st_mtime_ns
-    killed = command(tmp_path / "out", workers=1, fault="kill@build.shard:shard=3", source=source, options=options)
-    assert killed.returncode == -signal.SIGKILL
+    command(tmp_path / "out", **words, fault="kill@build.shard:shard=3", code=-signal.SIGKILL)
     assert scanned[0].stat().st_mtime_ns == kept, "a scanned piece is kept"
-    continued = command(tmp_path / "out", workers=1, source=source, options=options)
-    assert continued.returncode == 0, continued.stderr
+    command(tmp_path / "out", **words)
     config = BuildConfig(
         source=source,
         shard_bytes=None,
@@ -125,12 +117,22 @@ def test_workers_change_no_byte(tmp_path: Path, whole: dict[str, bytes], workers
 
 @pytest.mark.slow
 def test_a_killed_worker_is_a_transient_fault_and_the_build_continues(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    killed = command(tmp_path, workers=2, fault="kill@build.shard:shard=2")
+    """Not forked from here: the server that forks the workers has the environment of its start."""
+    script = [
+        sys.executable,
+        str(REPOSITORY / "launch" / "build_shards.py"),
+        *OPTIONS,
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VITSCALE_FAULT": "kill@build.shard:shard=2"}
+    killed = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert killed.returncode == ExitCode.TRANSIENT
     assert killed.stderr.splitlines()[-1].startswith("error: a worker process was killed")
     assert "Traceback" not in killed.stderr
-    continued = command(tmp_path, workers=3)
-    assert continued.returncode == 0, continued.stderr
+    build(tmp_path, workers=3)
     assert files_of(tmp_path) == whole
 
 

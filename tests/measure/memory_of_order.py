@@ -2,7 +2,7 @@
 
     python -m tests.measure.memory_of_order [--figure FILE.png]
 
-Every position of the order is computed, every index is read, and every `READ_EVERY`-th sample goes through LocalStorage.
+Every position of the order is computed, every index is read, and every 4th sample (--read-every) goes through LocalStorage.
 The images have no bytes, so nothing but the order, the indexes and the open files is in memory; all shards have the same
 index under their own names.
 """
@@ -24,7 +24,6 @@ from data_pipeline.storage import LocalStorage
 from vitscale.base.files import sha256_file, xxh3_64
 
 GLOBAL_BATCH = 4096
-READ_EVERY = 4
 MEASURE_EVERY_STEPS = 20
 
 
@@ -71,7 +70,7 @@ def fabricate(directory: Path, *, shards: int, rows: int) -> Manifest:
     return write_manifest(directory, shards=records, classes=["0"], images_read=shards * rows, rejected={}, build={})
 
 
-def measure(manifest: Manifest) -> Memory:
+def measure(manifest: Manifest, *, read_every: int) -> Memory:
     """Stream two epochs and look at the memory now and then."""
     mixture, storage = mixture_of([manifest], data=DataConfig(), seed=0), LocalStorage(manifest)
     steps = 2 * manifest.images // GLOBAL_BATCH
@@ -79,7 +78,7 @@ def measure(manifest: Manifest) -> Memory:
     started_at_s = time.perf_counter()
     for step in range(steps):
         _, samples = mixture.samples_at(mixture.slots_of_step(step * GLOBAL_BATCH, GLOBAL_BATCH))
-        for shard, row in zip(samples.shard[::READ_EVERY].tolist(), samples.index[::READ_EVERY].tolist(), strict=True):
+        for shard, row in zip(samples.shard[::read_every].tolist(), samples.index[::read_every].tolist(), strict=True):
             storage.read(shard, row)
         if step % MEASURE_EVERY_STEPS == 0:
             seen.append((step + 1) * GLOBAL_BATCH / manifest.images)
@@ -111,12 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=10_000, help="images per shard")
+    parser.add_argument("--read-every", type=int, default=4, metavar="N", help="every n-th sample goes through the storage")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         manifest = fabricate(Path(place), shards=options.shards, rows=options.rows)
         before = resident_bytes()
-        memory = measure(manifest)
+        memory = measure(manifest, read_every=options.read_every)
     peak = [memory.resident_bytes[part].max() / 1e6 for part in (memory.epochs <= 1, memory.epochs > 1)]
     print(
         f"{manifest.images:,} images: {before / 1e6:.0f} MB before the first step, at most {peak[0]:.1f} MB in the first epoch "
