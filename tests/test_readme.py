@@ -74,9 +74,8 @@ def place(tmp_path_factory):
     write_parquet(base / "cifar10-train.parquet", 150)
     write_parquet(base / "cifar10-test.parquet", 40)
     for number in range(24):
-        folder = (
-            base / "photos" / ("roses" if number < 3 else "tulips" if number % 2 else "daisies")
-        )  # each rose costs a figure
+        flower = "roses" if number < 3 else ("tulips", "daisies")[number % 2]  # each rose costs a figure
+        folder = base / "photos" / flower
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.jpg").write_bytes(jpeg(number, 40 + number))
     write_table(base / "more.csv", images=60)

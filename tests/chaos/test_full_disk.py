@@ -14,7 +14,7 @@ from vitscale.training.metrics import read_lines
 
 pytestmark = pytest.mark.slow
 
-TINY = (*SMALL, "optim.micro_batch_max=96", "run.parity=never", "run.eval_every=0", "run.log_every=1", "run.keep_last=1")
+TINY = (*SMALL, "optim.micro_batch_max=96", "run.eval_every=0", "run.log_every=1", "run.keep_last=1")
 """Its checkpoints have about 0.4 MB."""
 LIMITS = ("size=600k", "size=9m")
 """Of two starts: room for a checkpoint and half of the next, then for both."""

@@ -12,7 +12,7 @@ from tests.helpers.program import SMALL, run, start
 pytestmark = pytest.mark.slow
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "wJalr7SEED/1", "HF_TOKEN": "hf_SEED2", "WANDB_API_KEY": "SEED3", "MY_PASSWORD": "SEED4"}
-TINY = (*SMALL, "train.length=12", "run.save_every=4", "run.parity=never")
+TINY = (*SMALL, "train.length=12", "run.save_every=4")
 
 
 def holders(place: Path, text: str) -> list[str]:

@@ -11,7 +11,7 @@ TOLERANCE = 1e-4
 
 
 def test_one_two_three_ranks_and_four_stages_learn_the_same(tmp_path):
-    arguments = [*SMALL, "train.length=12", "run.save_every=0", "run.eval_every=0", "run.parity=never"]
+    arguments = [*SMALL, "train.length=12", "run.save_every=0", "run.eval_every=0"]
     curves = {}
     for world, stage in [(1, 2), (2, 2), (3, 2), (1, 0), (2, 1), (3, 3)]:
         directory = tmp_path / f"{world}-{stage}"

@@ -22,7 +22,7 @@ from vitscale.training.saving import save_checkpoint
 
 DECAYS = (0.9, 0.999)
 EMA = f"train.ema={list(DECAYS)}"
-STEPS, SKIPPED = 20, 7
+STEPS, SKIPPED = 50, 7
 
 
 # ---- by themselves -------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def one_cell(cluster: Cluster, stage: int, precision: str, place: Path) -> dict:
 
 
 def followed(engine: Engine, config: Config) -> dict:
-    """Twenty steps, one of them skipped: worst difference to the recursion on gathered masters, and the bytes kept."""
+    """Fifty steps, one of them skipped: worst difference to the recursion on gathered masters, and the bytes kept."""
     expected = {decay: whole_tensors(engine) for decay in DECAYS}
 
     def follow(step: int) -> None:

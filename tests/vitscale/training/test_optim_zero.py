@@ -9,7 +9,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.small_engine import batch_of, fresh_model, make, settings, train, whole_tensors
 from vitscale.base.cluster import Cluster
 
-STEPS, LR = 10, 1e-2
+STEPS, LR = 20, 1e-2
 RULES = ("adamw", "lion", "sgd", "muon")
 # eps above the rounding of gradients, so that Adam does not magnify another order of sums; beta2 of Lion's paper.
 LAYERED = [
@@ -104,7 +104,7 @@ def all_stages(cluster: Cluster) -> dict[tuple[str, int], dict]:
 
 
 @pytest.mark.slow
-def test_ten_steps_at_every_stage_equal_a_plain_loop():
+def test_twenty_steps_at_every_stage_equal_a_plain_loop():
     found = run_ranks(2, all_stages)[0]
     for rule in RULES:
         expected = plain_loop(rule)

@@ -109,7 +109,7 @@ def test_every_number_arrives_on_other_ranks_and_stages(tmp_path, optimizer):
 
 def test_a_run_continues_on_any_world_and_stage_with_the_same_images(tmp_path):
     """1 -> 2 -> 4 -> 3 -> 1 ranks and ZeRO 1 -> 3 -> 2 -> 0 -> 2 by the same command: each killed after five steps."""
-    arguments = [*SMALL, "run.save_every=5", "run.eval_every=0", "run.log_every=1", "run.parity=never", "train.ema=[0.9]"]
+    arguments = [*SMALL, "run.save_every=5", "run.eval_every=0", "run.log_every=1", "train.ema=[0.9]"]
     run("pretrain", "--run", tmp_path / "quiet", *arguments, "ds.zero_optimization.stage=1", said=tmp_path / "quiet.txt")
     for number, (world, stage) in enumerate([(1, 1), (2, 3), (4, 2), (3, 0), (1, 2)]):
         env = {"VITSCALE_FAULT": f"kill@step.end:step={5 * number + 7}"}
