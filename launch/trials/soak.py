@@ -2,9 +2,9 @@
 
     a short run measures the pace -> an undisturbed run of as many steps as fit into the time -> the same steps, struck
 
-Memory is looked at once a second: resident bytes of rank 0, and of its data workers together. The slope is that of the
-best straight line over the steps, with a height of its own for each attempt; the first seconds of an attempt, in which
-everything is touched for the first time, are left out.
+Memory is looked at once a second: of rank 0, and of its data workers together, without the pages of files. The slope is that
+of the best straight line over the steps, with a height of its own for each attempt; the first seconds of an attempt, in
+which everything is touched for the first time, are left out.
 """
 
 import time
@@ -19,7 +19,7 @@ from launch.trials.attempts import Attempt, workers_of
 from launch.trials.proof import Proof, Setup, Storm, kind_table, undisturbed
 from launch.trials.storm import last_step_line
 from launch.trials.strikes import Draws
-from vitscale.base.host import resident_bytes
+from vitscale.base.host import bytes_of_its_own
 from vitscale.base.progress import Bar, in_words
 
 PACE_STEPS = 120
@@ -60,8 +60,8 @@ class Memory:
             return
         self._next_look_s = time.monotonic() + LOOK_EVERY_S
         step, workers = last_step_line(run).get("step", 0), workers_of(pid)
-        if memory := resident_bytes(pid):
-            self._samples.append((self._attempt, step, memory, sum(map(resident_bytes, workers)), len(workers)))
+        if memory := bytes_of_its_own(pid):
+            self._samples.append((self._attempt, step, memory, sum(map(bytes_of_its_own, workers)), len(workers)))
 
     def slope(self) -> Slope:
         table = np.array(self._samples, np.float64).reshape(-1, 5)

@@ -1,4 +1,4 @@
-"""Real full disks: a run goes on past a save that had no room, or leaves with the code that says: requeue."""
+"""Really full disks, of bytes or of inodes: a run goes on past a save without room, or leaves with the code for a requeue."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 TINY = (*SMALL, "optim.micro_batch_max=96", "run.eval_every=0", "run.log_every=1", "run.keep_last=1")
 """Its checkpoints have about 0.4 MB."""
-LIMITS = ("size=600k", "size=9m")
+LIMITS = {"bytes": ("size=600k", "size=9m"), "inodes": ("nr_inodes=10", "nr_inodes=60")}
 """Of two starts: room for a checkpoint and half of the next, then for both."""
 
 
@@ -36,10 +36,10 @@ class Start(NamedTuple):
     steps: list[int]
 
 
-def start_twice(directory: Path, said: Path) -> list[Start]:
+def start_twice(directory: Path, said: Path, what: str) -> list[Start]:
     found = []
     checkpoints = directory / "checkpoints"
-    for number, limits in enumerate(LIMITS):
+    for number, limits in enumerate(LIMITS[what]):
         mount("-o", f"remount,{limits}", checkpoints)
         words = ("--run", directory, *TINY, "train.length=12", "run.save_every=5")
         text = run("pretrain", *words, said=said / f"{number}.txt", cores=1, code=0 if number else 75)
@@ -56,9 +56,10 @@ def start_twice(directory: Path, said: Path) -> list[Start]:
     return found
 
 
-def test_a_run_trains_on_past_a_failed_save_asks_to_be_requeued_after_a_failed_last_one_and_goes_on_with_room(tmp_path):
+@pytest.mark.parametrize("what", LIMITS)
+def test_a_run_trains_on_past_a_failed_save_asks_to_be_requeued_after_a_failed_last_one_and_goes_on_with_room(tmp_path, what):
     directory = tmp_path / "run"
-    starts = on_small_disk(directory / "checkpoints", LIMITS[0], start_twice, directory, tmp_path)
+    starts = on_small_disk(directory / "checkpoints", LIMITS[what][0], start_twice, directory, tmp_path, what)
     short, last = starts
     assert [step for step, _ in short.failed] == [10, 12], "the next save that is due is tried"
     assert all(why.startswith("rank 0: No space left on device (ENOSPC) at ") for _, why in short.failed)

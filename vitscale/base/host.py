@@ -122,12 +122,17 @@ def of_sessions(sessions: Collection[int]) -> list[Entry]:
     return [entry for entry in process_table() if entry.session in sessions]
 
 
-def resident_bytes(pid: int) -> int:
-    """Memory of a process that is in RAM, shared pages included; 0 when it is gone."""
+def bytes_of_its_own(pid: int) -> int:
+    """Memory of a process that is in RAM and belongs to no file; 0 when it is gone. What a leak would add to.
+
+    Pages of files, such as libraries, come and go as the system likes.
+    """
     try:
-        return int((PROC / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = (PROC / str(pid) / "status").read_text().splitlines()
     except OSError:
         return 0
+    sizes = dict(line.split(":", 1) for line in lines)
+    return 1024 * sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssShmem") if name in sizes)
 
 
 def seconds_since_start(process: Process) -> float:

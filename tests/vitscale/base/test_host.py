@@ -1,5 +1,6 @@
 """A process is told from a later one of the same pid, and the tree of processes is read as it is."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from vitscale.base.host import (
     Process,
     ancestors,
+    bytes_of_its_own,
     descendants,
     host_id,
     is_alive,
@@ -16,7 +18,6 @@ from vitscale.base.host import (
     of_sessions,
     process_of,
     process_table,
-    resident_bytes,
     seconds_since_start,
 )
 
@@ -68,12 +69,12 @@ def test_the_table_says_session_command_and_environment_of_all_that_have_not_end
     assert sorted(entry.parent for entry in own) == sorted([os.getpid(), child.pid, child.pid])
     (shell,) = [entry for entry in own if entry.pid == child.pid]
     assert shell.argv == ("sh", "-c", "sleep 60 & sleep 60") and shell.environment["MARK"] == "a=b"
-    assert 0 < resident_bytes(child.pid) < 1 << 30
+    assert 0 < bytes_of_its_own(child.pid) < 1 << 30
     os.killpg(child.pid, signal.SIGKILL)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert child.pid not in [entry.pid for entry in process_table()]  # it has ended, and was not waited for
     child.wait()
-    assert resident_bytes(child.pid) == 0 and shell.argv == () and shell.environment == {}
+    assert bytes_of_its_own(child.pid) == 0 and shell.argv == () and shell.environment == {}
 
 
 def test_a_name_with_brackets_and_spaces_is_only_a_name(tmp_path):
@@ -90,3 +91,14 @@ def test_a_name_with_brackets_and_spaces_is_only_a_name(tmp_path):
 def test_the_host_has_a_name_a_boot_and_a_namespace():
     name, boot, namespace = host_id()
     assert name == os.uname().nodename and len(boot) == 36 and namespace.startswith("pid:[")
+
+
+def test_memory_of_its_own_grows_by_what_is_written_and_not_by_the_files_that_are_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(32 << 20))
+    before = bytes_of_its_own(os.getpid())
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        assert bytes_of_its_own(os.getpid()) - before < 8 << 20
+    kept = bytes(32 << 20).replace(b"\0", b"\1")
+    assert bytes_of_its_own(os.getpid()) - before > 24 << 20, len(kept)
