@@ -76,7 +76,7 @@ def test_nobody_reads_latest():
     }
     assert naming == {"saving.py"}
     text = (ROOT / "vitscale/training/saving.py").read_text()
-    assert text.count('"latest"') == text.count('write_bytes(self._checkpoints / "latest"') == 1
+    assert text.count('"latest"') == text.count('write_bytes(checkpoints / "latest"') == 1
 
 
 def test_no_parameter_is_empty():
