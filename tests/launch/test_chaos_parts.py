@@ -22,6 +22,7 @@ from launch.trials.strikes import AT_POINTS, FAULTS, KILLS, Draws, Pace
 from vitscale.base.errors import UsageError
 from vitscale.base.faults import POINTS, faults_of
 from vitscale.base.host import of_sessions
+from vitscale.insight.timeline import COLOURS
 
 PACE = Pace(total_steps=24, save_every=4, eval_every=12, micro_batches=2, start_s=2.0, step_s=0.1)
 
@@ -61,6 +62,10 @@ def test_what_is_drawn_can_still_happen(every_s):
             fault.point not in ("checkpoint.commit", "checkpoint.rename", "checkpoint.latest") or fault.conditions["rank"] == 0
         )
         assert strike.kind != "disk fault while saving" or fault.point.startswith("checkpoint.")
+
+
+def test_every_kind_has_a_colour_of_its_own():
+    assert len(FAULTS) <= len(set(COLOURS)) == len(COLOURS)
 
 
 def test_without_data_workers_none_is_killed():

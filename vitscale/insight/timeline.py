@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from vitscale.insight.figures import DOTS_PER_INCH, FAINT, INK
 
-COLOURS = ("#3b76af", "#d07b2f", "#5b8c5a", "#a0506e", "#7a6bb0", "#8a8a4a")
+COLOURS = ("#3b76af", "#d07b2f", "#5b8c5a", "#a0506e", "#7a6bb0", "#8a8a4a", "#46a3a0", "#7d5540")
 ROWS_MAX = 24
 """Rows that are drawn; a long storm looks the same further down."""
 
