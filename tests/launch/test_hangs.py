@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.trials.attempts import workers_of
 from tests.helpers.program import SMALL, Program, curve, run, start
-from vitscale.base.host import descendants, is_alive, process_of
+from vitscale.base.host import is_alive, process_of
 from vitscale.training.metrics import read_lines
 
 pytestmark = pytest.mark.slow
@@ -38,13 +39,6 @@ def wait_for(condition: Callable[[], object], program: Program) -> None:
     while not condition():
         assert time.monotonic() < deadline_s and "error:" not in program.text, program.text
         time.sleep(0.005)
-
-
-def data_workers_of(pid: int) -> list[int]:
-    """Processes forked from a rank; its guardian is another program."""
-    program = Path(f"/proc/{pid}/cmdline").read_bytes()
-    children = [process.pid for process in descendants(pid)]
-    return [child for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == program]
 
 
 def test_a_stopped_rank_is_named_and_the_same_command_goes_on(tmp_path, quiet):
@@ -104,7 +98,7 @@ def test_a_killed_data_worker_is_replaced_and_no_image_is_lost(tmp_path, quiet):
     directory = tmp_path / "r"
     program = start("pretrain", "--run", directory, *ARGUMENTS, "data.workers=2", said=tmp_path / "said.txt", world=2)
     wait_for(lambda: len(curve(directory)) >= 3, program)
-    victim = data_workers_of(program.pids[1])[0]
+    victim = workers_of(program.pids[1])[0]
     os.kill(victim, signal.SIGKILL)
     assert program.wait() == [0, 0], program.text
     (event,) = events_of(directory, "worker_died")
@@ -117,7 +111,7 @@ def test_a_stopped_data_worker_is_named(tmp_path):
     directory = tmp_path / "r"
     program = start("pretrain", "--run", directory, *ARGUMENTS, "data.workers=1", said=tmp_path / "said.txt", world=2)
     wait_for(lambda: len(curve(directory)) >= 3, program)
-    (victim,) = data_workers_of(program.pids[0])
+    (victim,) = workers_of(program.pids[0])
     os.kill(victim, signal.SIGSTOP)
     assert program.wait() == [75, 75], program.text
     (sentence,) = [line for line in program.text.splitlines() if line.startswith("error:")]
