@@ -8,6 +8,7 @@ together hold every pair of settings at least once; what is impossible is refuse
 
 import gc
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -205,9 +206,19 @@ def run_world(cluster: Cluster, expected: list[Gradients]) -> tuple[dict[Cell, O
     for cell in chosen():
         if cell.world == cluster.world and not is_impossible(cell):
             outcomes[cell] = run_cell(cell, expected)
-            gc.collect()
-            alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+            alive.append(tensors_left())
     return outcomes, alive
+
+
+def tensors_left(patience: float = 10.0) -> int:
+    """How many tensors are alive, when `patience` seconds have passed or none is."""
+    until = time.monotonic() + patience
+    while True:
+        gc.collect()
+        count = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        if not count or time.monotonic() > until:
+            return count
+        time.sleep(0.05)  # gloo's threads let go of what they have sent a little after the wait for it has ended
 
 
 def refusal(cell: Cell) -> str:
