@@ -19,7 +19,7 @@ from launch.gate import prove_gradients
 from launch.job import AUTO, Job, order_record
 from launch.phased import PhasedStream
 from launch.trained import load_weights_of
-from vitscale.base.errors import DivergedError, UsageError
+from vitscale.base.errors import DivergedError, UsageError, complain
 from vitscale.base.startup import Startup
 from vitscale.evaluation.classification import Scores
 from vitscale.insight.updates import UpdateWatcher
@@ -32,7 +32,7 @@ from vitscale.training.collectives import from_all_ranks, from_rank_zero
 from vitscale.training.engine import Engine, leave_ranks, start_ranks
 from vitscale.training.guard import Guard, RollBack
 from vitscale.training.integrity import CorruptReplica, Integrity
-from vitscale.training.metrics import Metrics, append_event, complain
+from vitscale.training.metrics import Metrics, append_event
 from vitscale.training.objective import Objective, objective_of
 from vitscale.training.peers import Peer, lost_ranks_are_transient, meet
 from vitscale.training.preflight import require_equal_hosts

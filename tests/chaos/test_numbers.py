@@ -139,6 +139,22 @@ def test_a_rollback_leaves_out_what_it_records_and_kills_in_it_change_nothing(tm
     assert [path.name for path in candidates(stormy / "checkpoints")] == [f"step-{step:08d}" for step in (9, 8, 6)]
 
 
+def test_a_rollback_over_a_change_of_image_size_goes_on_with_one_rank(tmp_path, data):
+    """Sizes belong to steps, not to positions: the steps that are taken again have theirs, on any number of ranks."""
+    quiet, stormy = tmp_path / "quiet", tmp_path / "stormy"
+    more = ['train.resolutions=["4@0","6@4","8@7"]']
+    run("pretrain", *arguments(quiet, data, 2, *more), said=tmp_path / "quiet.txt", world=2)
+    env = {"VITSCALE_FAULT": "kill@rollback.recorded"}
+    assert -9 in start("pretrain", *arguments(stormy, data, 2, *more), said=tmp_path / "a.txt", world=2, env=env).wait(60)
+    run("pretrain", *arguments(stormy, data, 3, *more), said=tmp_path / "b.txt")
+    assert newest_valid(stormy / "checkpoints")[1]["state"]["segments"] == [BACK]
+    names = ("image_size", "samples_hash", "images_seen", "skipped")
+    assert curve(stormy, *names) == curve(quiet, *names)
+    assert [size for _, size in curve(stormy, "image_size")] == [4] * 4 + [6] * 3 + [8] * 2
+    losses = [np.array([loss for _, loss in curve(directory, "loss")]) for directory in (stormy, quiet)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_a_run_told_to_skip_what_went_bad_ends_with_the_same_bits(tmp_path, data):
     """And where the run may not go back, it goes on."""
     bad, told = tmp_path / "bad", tmp_path / "told"

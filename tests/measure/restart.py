@@ -25,7 +25,7 @@ from launch.chaos import SMALL
 from launch.supervise import newest_checkpoint
 from tests.helpers.program import curve
 from tests.helpers.ranks import free_port
-from tests.measure.stopping import DEEPSPEED, ROOT, place_of
+from tests.measure.stopping import ROOT, SCRIPTS, place_of
 from vitscale.base.host import Process, descendants, is_alive, process_of
 from vitscale.training.metrics import read_lines
 
@@ -60,7 +60,7 @@ def main() -> None:
 def kills(way: str, scratch: Path, rank: int, repeat: int, arguments: Sequence[str]) -> list[dict[str, float]]:
     """One training that is killed and goes on again and again; what each time took."""
     run, said = scratch / "run", scratch / "said.txt"
-    command = [str(DEEPSPEED), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [str(SCRIPTS / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     command += ["launch/pretrain.py", "--run", str(run), *arguments]
     if way == "supervise":
         command = [sys.executable, "launch/supervise.py", str(run), "--restarts", str(repeat), "--", *command]

@@ -1,12 +1,13 @@
 """What becomes of a training that is asked to stop: every way to ask, and what the launchers make of it.
 
-    python -m tests.measure.stopping [cost] [forked] [launcher]        prints all of it, or some
+    python -m tests.measure.stopping [cost] [forked] [deepspeed] [torchrun] [accelerate]        prints all of it, or some
 
 cost      what the agreement at the end of each step takes on two ranks
 forked    two ranks started by the test program: signals, stop file and time limit, with and without data workers. After each
           the same command goes on to the end, and its curve is compared with that of an undisturbed run.
-launcher  `deepspeed --num_gpus 2 launch/pretrain.py`, alone and under launch/supervise.py. One training without end is
-          stopped by each way in turn and continued by the next; its curve is compared at the end.
+deepspeed, torchrun, accelerate
+          launch/pretrain.py with two ranks under the real launcher, alone and under launch/supervise.py. One training without
+          end is stopped by each way in turn and continued by the next; its curve is compared at the end.
 """
 
 import os
@@ -30,17 +31,23 @@ from vitscale.base.launchers import program_of
 from vitscale.training.steering import Steering
 
 ROOT = Path(__file__).resolve().parents[2]
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+SCRIPTS = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": ("--num_gpus", "2", "--master_port"),
+    "torchrun": ("--nproc_per_node", "2", "--master_port"),
+    "accelerate": ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"),
+}
+"""Each takes a free port behind these."""
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 ALIVE_AFTER_S = 60.0
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore it
-    wanted = sys.argv[1:] or ["cost", "forked", "launcher"]
+    wanted = sys.argv[1:] or ["cost", "forked", *LAUNCHERS]
     if "cost" in wanted:
         print_cost()
-    if not {"forked", "launcher"} & set(wanted):
+    if not {"forked", *LAUNCHERS} & set(wanted):
         return
     with tempfile.TemporaryDirectory() as scratch:
         quiet = Path(scratch) / "quiet"
@@ -49,10 +56,11 @@ def main() -> None:
             print_row("asked by", "workers", "exit codes", "saved", "steps lost", "alive", "reason in status.json", "continued")
             for row in forked_rows(Path(scratch), quiet):
                 print_row(*row)
-        if "launcher" in wanted:
-            print_row("sent", "to whom", "exit code", "after s", "saved", "steps lost", "alive after 60 s", "status.json")
-            for row in launcher_rows(Path(scratch), quiet):
-                print_row(*row)
+        for launcher in LAUNCHERS:
+            if launcher in wanted:
+                print_row(launcher, "to whom", "exit code", "after s", "saved", "steps lost", "alive after 60 s", "status.json")
+                for row in launcher_rows(launcher, Path(scratch) / launcher, quiet):
+                    print_row(*row)
 
 
 def print_row(*cells: object) -> None:
@@ -125,11 +133,11 @@ def forked_row(scratch: Path, quiet: Path, name: str, workers: int, ask: object,
 # ---- the real launcher ----------------------------------------------------------------------------------------------
 
 
-def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
-    place = scratch / "launched"
+def launcher_rows(launcher: str, place: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
+    launchers = ("runner", "node launcher", "wrapper") if launcher == "deepspeed" else ("runner", "wrapper")
     for name in (*SIGNALS, "SIGKILL"):
-        for whom in ("runner", "node launcher", "wrapper", "rank 1", "rank 0")[: 3 if name == "SIGKILL" else 5]:
-            outcome, after_s = launched(place, name, whom, log=scratch / "launched.txt")
+        for whom in (*launchers, *(() if name == "SIGKILL" else ("rank 1", "rank 0"))):
+            outcome, after_s = launched(launcher, place, name, whom, log=place.with_suffix(".txt"))
             reason = outcome.status.get("reason") or outcome.status
             yield name, whom, outcome.codes[0], f"{after_s:.1f}", outcome.saved, outcome.steps_lost, len(outcome.alive), reason
     is_equal = is_undisturbed(place, quiet)
@@ -145,10 +153,10 @@ def launcher_rows(scratch: Path, quiet: Path) -> Iterator[tuple[object, ...]]:
     )
 
 
-def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, float]:
-    """One start of the launcher that is sent a signal; what became of it, and after how many seconds it had ended."""
-    launcher = [str(DEEPSPEED), "--num_gpus", "2", "--master_port", str(free_port())]
-    command = [*launcher, "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
+def launched(launcher: str, place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, float]:
+    """One start of a launcher that is sent a signal; what became of it, and after how many seconds it had ended."""
+    words = [str(SCRIPTS / launcher), *LAUNCHERS[launcher], str(free_port()), *(["--"] if launcher == "torchrun" else [])]
+    command = [*words, "launch/pretrain.py", "--run", str(place), *ARGUMENTS, ENDLESS]
     if whom == "wrapper":
         command = [sys.executable, "launch/supervise.py", str(place), "--", *command]
     before = len(curve(place))
@@ -158,7 +166,7 @@ def launched(place: Path, name: str, whom: str, *, log: Path) -> tuple[Outcome, 
             cwd=ROOT,
             stdout=output,
             stderr=output,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{SCRIPTS}:{os.environ['PATH']}"},
             start_new_session=True,
         )
     try:
@@ -184,11 +192,12 @@ def place_of(whom: str, started: int, processes: list[Process]) -> int:
     if whom == "wrapper":
         return started
     if whom == "runner":
-        return next(process.pid for process in processes if programs.get(process.pid) == "deepspeed")
-    node = next(process.pid for process in processes if programs.get(process.pid) == "deepspeed.launcher.launch")
+        return next(process.pid for process in processes if programs.get(process.pid) in LAUNCHERS)
+    parents = ("deepspeed.launcher.launch", "torchrun", "accelerate")
+    parent = next(process.pid for process in processes if programs.get(process.pid) in parents)
     if whom == "node launcher":
-        return node
-    ranks = {rank_of(process.pid): process.pid for process in processes if ancestors(process.pid)[0].process.pid == node}
+        return parent
+    ranks = {rank_of(process.pid): process.pid for process in processes if ancestors(process.pid)[0].process.pid == parent}
     return ranks[int(whom.removeprefix("rank "))]
 
 

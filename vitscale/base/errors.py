@@ -108,6 +108,11 @@ INTERRUPTED = 128 + signal.SIGINT
 SILENT_RANK_WAIT_S = 10.0
 
 
+def complain(sentence: str) -> None:
+    """Print a sentence about trouble to stderr."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run `main`, print an expected error as one sentence, and end the process with its exit code."""
     try:

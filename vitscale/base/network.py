@@ -85,3 +85,12 @@ def unreachable(host: str, address: str, here: Sequence[str]) -> str:
         f"the name of host {host} stands for {address or 'no address'}, which other hosts cannot reach; write the lines "
         f"{GLOO}={example} and {NCCL}={example} into {ENVIRONMENT_FILE} where the command is started"
     )
+
+
+def why_unanswered(host: str, port: int, *, timeout_s: float = 10.0) -> str:
+    """Knock at a port: empty where somebody listens there, else why that is not known. Nothing is sent."""
+    try:
+        socket.create_connection((host, port), timeout=timeout_s).close()
+        return ""
+    except OSError as error:
+        return str(error)

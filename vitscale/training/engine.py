@@ -23,10 +23,11 @@ import torch.distributed
 from torch import Tensor, nn
 
 from vitscale.base.cluster import Cluster
-from vitscale.base.errors import DivergedError, EnvironmentFault, HostFault
+from vitscale.base.errors import DivergedError, EnvironmentFault, HostFault, complain
 from vitscale.base.files import xxh3_64
 from vitscale.base.network import GLOO, interface_for_gloo
 from vitscale.ds_config import DsConfig
+from vitscale.training.arrival import wait_for_all_ranks
 from vitscale.training.clock import StepClock
 from vitscale.training.collectives import PROCESS_GROUP_TIMEOUT, control_group
 from vitscale.training.ema import Averages
@@ -90,8 +91,11 @@ def start_ranks(cluster: Cluster) -> torch.device:
             raise HostFault(fault)
         if interface is not None:
             os.environ[GLOO] = interface
+    is_agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
+        store = wait_for_all_ranks(cluster, say=complain, is_agents_store=is_agents_store)
         deepspeed.init_distributed(timeout=PROCESS_GROUP_TIMEOUT, verbose=False)
+        del store
     except (RuntimeError, torch.distributed.DistError) as error:
         raise EnvironmentFault(
             f"rank {cluster.rank} on {cluster.host} could not reach the other ranks through "

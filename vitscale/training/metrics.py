@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,8 +237,3 @@ def drop_lines_past(path: Path, step: int) -> None:
         return
     kept = [line for line in read_lines(path) if line["step"] <= step or line.get("event") in LASTING_EVENTS]
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-def complain(sentence: str) -> None:
-    """Print a sentence about trouble to stderr."""
-    print(sentence, file=sys.stderr, flush=True)

@@ -25,14 +25,13 @@ import torch
 from data_pipeline.config import DataConfig, sources_of
 from vitscale.base.cluster import Cluster
 from vitscale.base.credentials import masked_words
-from vitscale.base.errors import EnvironmentFault, HostFault, UsageError
+from vitscale.base.errors import EnvironmentFault, HostFault, UsageError, complain
 from vitscale.base.files import read_json, remove_temporaries, write_bytes, write_json
 from vitscale.base.lease import Lease, take_lease
 from vitscale.config import Config, Kind, from_record, kind_of, to_record
 from vitscale.ds_config import DsConfig
 from vitscale.training.collectives import barrier, from_all_ranks, from_rank_zero
 from vitscale.training.engine import versions
-from vitscale.training.metrics import complain
 
 CONFIG = "config.json"
 FINISHED = "FINISHED.json"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vitscale.base import errors
-from vitscale.base.errors import ExitCode, nearest
+from vitscale.base.errors import ExitCode, complain, nearest
 
 SPEAKS = {
     "UsageError": (2, False),
@@ -110,3 +110,8 @@ def test_what_is_said_already_is_not_said_again_nor_waited_for(monkeypatch, caps
 def test_nearest_names_a_close_word_and_nothing_else():
     assert nearest("blocks", ["block", "rock"]) == "; did you mean 'block'?"
     assert nearest("zzz", ["block", "rock"]) == ""
+
+
+def test_trouble_goes_to_stderr(capsys):
+    complain("checkpoint step-00000004 is not usable")
+    assert capsys.readouterr() == ("", "checkpoint step-00000004 is not usable\n")

@@ -5,7 +5,15 @@ import socket
 import pytest
 
 from vitscale.base import network
-from vitscale.base.network import GLOO, interface_for_gloo, interface_towards, interfaces, missing_interface, unreachable
+from vitscale.base.network import (
+    GLOO,
+    interface_for_gloo,
+    interface_towards,
+    interfaces,
+    missing_interface,
+    unreachable,
+    why_unanswered,
+)
 
 
 @pytest.fixture
@@ -55,3 +63,11 @@ def test_the_interfaces_of_this_host_lead_to_their_own_addresses():
     for name, address in here.items():
         socket.inet_aton(address)
         assert interface_towards(address, here) in (name, *[other for other, own in here.items() if own == address])
+
+
+def test_a_knock_says_why_nobody_answers():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert why_unanswered("127.0.0.1", port) == ""
+    assert why_unanswered("127.0.0.1", port) == "[Errno 111] Connection refused"
+    assert why_unanswered("no-such-host.invalid", port)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vitscale.training.metrics import Metrics, complain, drop_lines_past, read_lines
+from vitscale.training.metrics import Metrics, drop_lines_past, read_lines
 
 
 def line_of(step: int, **changes: Any) -> dict[str, Any]:
@@ -230,8 +230,3 @@ def test_a_stopped_run_says_why_and_that_it_can_go_on(tmp_path, capsys):
     }
     sentence = "stopped after step 7 because SIGTERM came to rank 3; the same command continues\n"
     assert capsys.readouterr().out == sentence == (tmp_path / "log.txt").read_text()
-
-
-def test_trouble_goes_to_stderr(capsys):
-    complain("checkpoint step-00000004 is not usable")
-    assert capsys.readouterr() == ("", "checkpoint step-00000004 is not usable\n")
