@@ -72,9 +72,10 @@ RECOVERY_SCRIPT = Path(inspect.getfile(zero_to_fp32))
 
 
 def start_ranks(cluster: Cluster) -> torch.device:
-    """Join the process group (also in a world of one) and return the device of this rank.
+    """Join the process group (also in a world of one) and return the device of this rank. Collective.
 
-    Sets the thread count itself: torchrun sets 1, deepspeed sets nothing.
+    Raises EnvironmentFault where the ranks do not come together. Sets the thread count itself: torchrun sets 1, deepspeed
+    sets nothing.
     """
     os.environ.update(cluster.environment())
     torch.set_num_threads(cluster.threads())
