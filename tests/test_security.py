@@ -43,10 +43,7 @@ PROCESSES = {"subprocess.run", "subprocess.call", "subprocess.check_call", "subp
 ALLOWED = {
     ("vitscale.base.cluster", "imports socket"): "the name of this host, and of the first one of a SLURM job",
     ("vitscale.base.host", "imports socket"): "the name of this host",
-    (
-        "vitscale.base.network",
-        "imports socket",
-    ): "asks which address names and interfaces have, and who listens; nothing is sent",
+    ("vitscale.base.network", "imports socket"): "asks what addresses there are and who listens; nothing is sent",
     ("launch.doctor", "imports socket"): "the name of this host",
     ("launch.forked", "imports socket"): "a free port for ranks on this machine",
     ("launch.forked", "loads a native library"): "prctl of the C library that is loaded already: no file is opened",

@@ -210,13 +210,13 @@ def run_world(cluster: Cluster, expected: list[Gradients]) -> tuple[dict[Cell, O
     return outcomes, alive
 
 
-def tensors_left(patience: float = 10.0) -> int:
-    """How many tensors are alive, when `patience` seconds have passed or none is."""
-    until = time.monotonic() + patience
+def tensors_left(patience_s: float = 10.0) -> int:
+    """How many tensors are alive, when `patience_s` seconds have passed or none is."""
+    until_s = time.monotonic() + patience_s
     while True:
         gc.collect()
         count = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-        if not count or time.monotonic() > until:
+        if not count or time.monotonic() > until_s:
             return count
         time.sleep(0.05)  # gloo's threads let go of what they have sent a little after the wait for it has ended
 

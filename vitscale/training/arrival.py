@@ -63,7 +63,7 @@ class _Wait:
 
     def __init__(self, patience_s: float, first_word_s: float) -> None:
         self._began_s = time.monotonic()
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._next_word_s = first_word_s
 
     @property
@@ -72,7 +72,7 @@ class _Wait:
 
     @property
     def is_over(self) -> bool:
-        return self.waited_s >= self._patience_s
+        return self.waited_s >= self.patience_s
 
     def is_due(self) -> bool:
         """Whether to mention it now; asked again it is not, until the wait is twice as long."""
@@ -102,7 +102,7 @@ def _wait_for_the_others(cluster: Cluster, arrivals: Store, wait: _Wait, say: Ca
     while missing := [rank for rank in missing if not arrivals.check([str(rank)])]:
         if wait.is_over:
             raise EnvironmentFault(
-                f"{_absent(cluster, missing)} did not start within {wait.waited_s:.0f} s; {_advice(cluster)}"
+                f"{_absent(cluster, missing)} did not start within {wait.patience_s:.0f} s; {_advice(cluster)}"
             )
         if wait.is_due():
             say(f"still waiting after {wait.waited_s:.0f} s for {_absent(cluster, missing)}; {_advice(cluster)}")
